@@ -1,0 +1,1 @@
+"""Read path of Promptyard: everything that a request touches. Importing it loads nothing heavy."""

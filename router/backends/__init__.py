@@ -1,0 +1,1 @@
+"""Concrete models behind the seams of `router.interfaces`: one file per backend."""

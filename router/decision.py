@@ -1,0 +1,80 @@
+"""What the router decides about one text, and the pure function that decides."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from router.tasks import TaskKey
+
+
+class Outcome(enum.Enum):
+    """The verdict: one task fits, several fit about equally well, or none does."""
+
+    MATCHED = "matched"
+    AMBIGUOUS = "ambiguous"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One task that was considered. A higher score is a better fit."""
+
+    task: TaskKey
+    score: float
+    threshold: float
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The verdict on one text at one catalog revision.
+
+    `score`, `threshold` and `margin` are those of the best candidate, also where the outcome is
+    `UNKNOWN`; `task` is None then. `candidates` are best first.
+    """
+
+    outcome: Outcome
+    task: TaskKey | None
+    score: float
+    margin: float
+    threshold: float
+    revision: int
+    truncated: bool
+    candidates: tuple[Candidate, ...] = ()
+
+
+def decide(
+    candidates: Sequence[Candidate],
+    *,
+    ambiguity_margin: float,
+    revision: int,
+    truncated: bool = False,
+    top_k: int = 0,
+) -> Decision:
+    """Decide from `candidates`, best first.
+
+    Unknown where there is no candidate or the best one is under its threshold; ambiguous where the
+    second best is less than `ambiguity_margin` behind; matched otherwise.
+    """
+    if not candidates:
+        return Decision(Outcome.UNKNOWN, None, -math.inf, 0.0, math.inf, revision, truncated)
+    best = candidates[0]
+    margin = best.score - candidates[1].score if len(candidates) > 1 else math.inf
+    if not best.score >= best.threshold:
+        outcome = Outcome.UNKNOWN
+    elif margin < ambiguity_margin:
+        outcome = Outcome.AMBIGUOUS
+    else:
+        outcome = Outcome.MATCHED
+    return Decision(
+        outcome,
+        None if outcome is Outcome.UNKNOWN else best.task,
+        best.score,
+        margin,
+        best.threshold,
+        revision,
+        truncated,
+        tuple(candidates[:top_k]),
+    )

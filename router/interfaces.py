@@ -1,0 +1,103 @@
+"""Every seam of the read path on one page. A seam exists only where two implementations ship."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float32]
+
+FinishReason = Literal["stop", "length", "label", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """Unit vectors `[B, D]` and, per row, whether the text was cut to the encoder's window `[B]`."""
+
+    vectors: FloatArray
+    truncated: NDArray[np.bool_]
+
+
+class Encoder(Protocol):
+    """A frozen sentence encoder. Implementations are thread-safe and deterministic.
+
+    A row's vector does not depend on the other rows of its batch (up to float32 rounding).
+    """
+
+    @property
+    def name(self) -> str:
+        """What a person calls it, e.g. `all-MiniLM-L6-v2`."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Weights digest, pooling, layers, window, runtime and precision, as one line."""
+
+    @property
+    def dimension(self) -> int:
+        """D."""
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens that each text will cost, after truncation to the window."""
+
+    def encode(self, texts: Sequence[str]) -> Embeddings:
+        """Embed `texts` `[B]` to unit vectors `[B, D]`."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptedInput:
+    """One row for the base model: a text and the soft prompt `[P, H]` in front of it (or none)."""
+
+    text: str
+    prompt: FloatArray | None
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What the base model wrote for one row."""
+
+    text: str
+    finish_reason: FinishReason
+    input_tokens: int
+    output_tokens: int
+    truncated: bool
+
+
+class LanguageModel(Protocol):
+    """A frozen base model. Rows of one batch may carry different prompts of different lengths."""
+
+    @property
+    def name(self) -> str:
+        """What a person calls it: the folder's or the hub's name."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of configuration, weights and tokenizer: a prompt belongs to exactly one."""
+
+    @property
+    def hidden_size(self) -> int:
+        """H, the width of a soft prompt."""
+
+    def score(
+        self, inputs: Sequence[PromptedInput], outputs: Sequence[Sequence[str]]
+    ) -> list[FloatArray]:
+        """Log-probability of each candidate output, per row: `outputs[i]` `[C_i]` -> `[C_i]`.
+
+        The sum over the output's tokens and the end token, in nats.
+        """
+
+    def generate(
+        self,
+        inputs: Sequence[PromptedInput],
+        max_new_tokens: int,
+        on_piece: Callable[[int, str], None] | None = None,
+        cancelled: Callable[[int], bool] | None = None,
+    ) -> list[Generation]:
+        """Greedy answers, one per row.
+
+        `on_piece(row, text)` is called as text becomes final (the pieces of a row concatenate to
+        its `Generation.text`); a row for which `cancelled(row)` turns true stops at the next step.
+        """

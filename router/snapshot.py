@@ -1,0 +1,73 @@
+"""What a server serves at one catalog revision. Built beside the current one, never mutated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from router.decision import Candidate, Decision, decide
+from router.errors import TaskNotFoundError
+from router.head import Head
+from router.index import CentroidIndex
+from router.interfaces import Embeddings
+from router.tasks import ServedTask
+
+# The best task's score and margin need two candidates, whatever a caller wants listed.
+_LEAST_CANDIDATES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Head, index and tasks of one catalog revision."""
+
+    revision: int
+    head: Head
+    index: CentroidIndex
+    tasks: Mapping[str, ServedTask]
+
+    @classmethod
+    def build(cls, revision: int, head: Head, tasks: Mapping[str, ServedTask]) -> Snapshot:
+        """Build the index over the head's rows."""
+        return cls(revision, head, CentroidIndex(head.rows, head.row_task), tasks)
+
+    def task(self, name: str) -> ServedTask:
+        """The task of that name.
+
+        Raises:
+            TaskNotFoundError: this revision has no such task.
+        """
+        try:
+            return self.tasks[name]
+        except KeyError:
+            raise TaskNotFoundError(
+                "task", name, "list the tasks with `promptyard list` or ListTasks"
+            ) from None
+
+    def decide(self, embeddings: Embeddings, top_k: int = 0) -> list[Decision]:
+        """One decision per row of `embeddings` `[B, D]`. `top_k` candidates are listed in each."""
+        wanted = min(max(top_k, _LEAST_CANDIDATES), len(self.head.tasks))
+        if not wanted:
+            return [
+                decide((), ambiguity_margin=0.0, revision=self.revision, truncated=bool(truncated))
+                for truncated in embeddings.truncated
+            ]
+        queries, offsets = self.head.queries(embeddings.vectors)
+        scores, tasks = self.index.search(queries, wanted)
+        scores = scores.astype(np.float64) + offsets[:, None]
+        return [
+            decide(
+                [
+                    Candidate(self.head.tasks[task], float(score), self.head.thresholds[task])
+                    for score, task in zip(row_scores, row_tasks, strict=True)
+                ],
+                ambiguity_margin=self.head.ambiguity_margin,
+                revision=self.revision,
+                truncated=bool(truncated),
+                top_k=top_k,
+            )
+            for row_scores, row_tasks, truncated in zip(
+                scores, tasks, embeddings.truncated, strict=True
+            )
+        ]

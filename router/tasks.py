@@ -1,0 +1,149 @@
+"""The values that pass between the parts: tasks, records, soft prompts. All frozen."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+from router.errors import CorruptArtifactError, InvalidInputError
+from router.interfaces import FloatArray
+
+MAX_TASK_NAME_CHARACTERS = 100
+_TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+RECORD_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class DataSummary:
+    """Where a task's knowledge came from: the labelled rows, and how they were used."""
+
+    sha256: str
+    rows: int
+    train_rows: int
+    validation_rows: int
+    duplicates_dropped: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSummary:
+    """The soft prompt of a task: its file, and what it was tuned on.
+
+    `scores` holds shares of right answers on the validation rows: `prompt`, `majority`,
+    `no_prompt`, `instruction`.
+    """
+
+    sha256: str
+    tokens: int
+    hidden_size: int
+    base_model: str
+    base_model_name: str
+    metric: str
+    scores: Mapping[str, float]
+    settings: Mapping[str, float | int | str]
+    steps: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRecord:
+    """Everything that is known of one revision of a task. Written once, never changed."""
+
+    name: str
+    revision: int
+    created_at: str
+    description: str
+    instruction: str
+    outputs: tuple[str, ...] | None
+    data: DataSummary
+    encoder: str
+    embeddings_sha256: str
+    prompt: PromptSummary | None = None
+    forced_reason: str = ""
+    format: int = RECORD_FORMAT
+
+    @property
+    def key(self) -> TaskKey:
+        """What identifies this record."""
+        return TaskKey(self.name, self.revision)
+
+    def to_json(self) -> str:
+        """Canonical JSON: sorted keys, no spaces. Its SHA-256 is the record's digest."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the canonical JSON."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    @classmethod
+    def from_json(cls, text: str) -> TaskRecord:
+        """The record that `to_json` wrote.
+
+        Raises:
+            CorruptArtifactError: not a record, or of a format that this version cannot read.
+        """
+        try:
+            raw = json.loads(text)
+            if raw["format"] != RECORD_FORMAT:
+                raise CorruptArtifactError(
+                    "task record format", raw["format"], "upgrade promptyard to read this catalog"
+                )
+            prompt = raw.pop("prompt")
+            outputs = raw.pop("outputs")
+            return cls(
+                **{**raw, "data": DataSummary(**raw["data"])},
+                outputs=None if outputs is None else tuple(outputs),
+                prompt=None if prompt is None else PromptSummary(**prompt),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CorruptArtifactError(
+                "task record", text, "restore the catalog from a backup"
+            ) from error
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class TaskKey:
+    """A task at one of its revisions."""
+
+    name: str
+    revision: int
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.revision}"
+
+
+@dataclass(frozen=True, slots=True)
+class SoftPrompt:
+    """A learned matrix `[P, H]` float32, and the fingerprint of the base model it belongs to."""
+
+    values: FloatArray
+    base_model: str
+
+
+@dataclass(frozen=True, slots=True)
+class ServedTask:
+    """A task as a snapshot serves it: its record, and its prompt or why there is none."""
+
+    record: TaskRecord
+    prompt: SoftPrompt | None = field(default=None, repr=False)
+    problem: str = ""
+
+
+def check_task_name(name: str) -> str:
+    """`name`, if it can name a task.
+
+    Raises:
+        InvalidInputError: empty, too long, or other characters than letters, digits, `.`, `_`, `-`.
+    """
+    if len(name) > MAX_TASK_NAME_CHARACTERS or not _TASK_NAME.fullmatch(name):
+        raise InvalidInputError(
+            "task name",
+            repr(name),
+            "use letters, digits, '.', '_' and '-', starting with a letter or digit, "
+            f"at most {MAX_TASK_NAME_CHARACTERS} characters",
+        )
+    return name

@@ -1,0 +1,1 @@
+"""Write path of Promptyard: everything that adds a task, and the offline evaluation."""
