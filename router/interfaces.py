@@ -16,7 +16,7 @@ FinishReason = Literal["stop", "length", "label", "cancelled"]
 
 @dataclass(frozen=True, slots=True)
 class Embeddings:
-    """Unit vectors `[B, D]` and, per row, whether the text was cut to the encoder's window `[B]`."""
+    """Unit vectors `[B, D]`; per row `[B]`, whether the text was cut to the encoder's window."""
 
     vectors: FloatArray
     truncated: NDArray[np.bool_]

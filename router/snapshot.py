@@ -54,8 +54,8 @@ class Snapshot:
                 for truncated in embeddings.truncated
             ]
         queries, offsets = self.head.queries(embeddings.vectors)
-        scores, tasks = self.index.search(queries, wanted)
-        scores = scores.astype(np.float64) + offsets[:, None]
+        found, tasks = self.index.search(queries, wanted)
+        scores = found.astype(np.float64) + offsets[:, None]
         return [
             decide(
                 [

@@ -105,6 +105,19 @@ class TaskRecord:
             ) from error
 
 
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How a catalog routes: the kind of head, and how much of its own inputs a task may lose.
+
+    `false_reject_rate` and `ambiguous_rate` are shares of a task's own inputs that may be called
+    unknown, and ambiguous.
+    """
+
+    head: str = "lda"
+    false_reject_rate: float = 0.05
+    ambiguous_rate: float = 0.01
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class TaskKey:
     """A task at one of its revisions."""

@@ -1,0 +1,53 @@
+# Promptyard. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+BUF_VERSION := 1.75.0
+BUF := $(VENV)/node/node_modules/.bin/buf
+
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format proto bench bench-base-model bench-route clean
+
+help:  ## Show this help
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
+
+install: $(INSTALLED)  ## Make .venv and install the package with its tools
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED)  ## Watch the whole job happen: register, serve, route, answer, register live
+	$(BIN)/promptyard demo
+
+test: $(INSTALLED)  ## Run the tests (under ten minutes on two cores)
+	$(BIN)/pytest
+
+lint: $(INSTALLED) $(BUF)  ## Format, lint, types, import contracts, proto, generated code
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BUF) lint proto
+	proto/generate.sh $(VENV)/generated
+	diff --recursive --exclude=__pycache__ router/v1 $(VENV)/generated/router/v1
+
+format: $(INSTALLED)  ## Format the code and mend what the linter can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+proto: $(INSTALLED)  ## Generate router/v1 from proto/
+	proto/generate.sh
+
+$(BUF): $(INSTALLED)
+	npm install --prefix $(VENV)/node --no-audit --no-fund --silent @bufbuild/buf@$(BUF_VERSION)
+	@touch $@
+
+clean:  ## Remove what the targets made
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

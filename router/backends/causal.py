@@ -1,0 +1,94 @@
+"""Decoder-only base models: GPT-2, Llama, Qwen and every other `AutoModelForCausalLM`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from router.backends.rows import IGNORED, Row, token_losses
+from router.backends.seq2seq import split_special_tokens
+from router.backends.torch_model import Started, TorchLanguageModel
+
+# Stands between the text and the output, as the end of the text's line.
+_SEPARATOR = "\n"
+
+
+class CausalLanguageModel(TorchLanguageModel):
+    r"""`pad | PROMPT text \n output`: padded on the left, positions counted from the mask.
+
+    The prompt follows the padding directly; `prompt | pad | text` would put a hole into the
+    positions of the shorter rows.
+    """
+
+    shares_window = True
+
+    def _affixes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        before, _ = split_special_tokens(self)
+        after = tuple(self.plain_ids([_SEPARATOR])[0])
+        if not before and not after:
+            before = (self.end_id,)  # an empty text must still be one token long
+        return before, after
+
+    def tokenize_output(self, text: str) -> tuple[int, ...]:
+        return (*self.plain_ids([text])[0], self.end_id)
+
+    def _start(self, rows: Sequence[Row]) -> Started:
+        embeddings, mask = self._lay_out(rows)
+        out = self.network(
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            use_cache=True,
+            **self._positions(mask, embeddings.shape[1]),
+            **self._only_last_logits(1),
+        )
+        return Started(out.logits[:, -1], out.past_key_values, mask)
+
+    def _continue(self, started: Started, ids: Tensor) -> Tensor:
+        mask = torch.cat([started.mask, started.mask.new_ones(ids.shape)], dim=1)
+        out = self.network(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=started.cache,
+            use_cache=True,
+            **self._positions(mask, ids.shape[1]),
+        )
+        logits: Tensor = out.logits
+        return logits
+
+    def negative_log_likelihood(
+        self, rows: Sequence[Row], outputs: Sequence[Sequence[int]]
+    ) -> Tensor:
+        # The last output token is predicted but not fed.
+        whole = [
+            Row(row.prompt, (*row.ids, *ids[:-1])) for row, ids in zip(rows, outputs, strict=True)
+        ]
+        embeddings, mask = self._lay_out(whole)
+        width = max(len(ids) for ids in outputs)
+        logits = self.network(
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            use_cache=False,
+            **self._positions(mask, embeddings.shape[1]),
+            **self._only_last_logits(width),
+        ).logits[:, -width:]
+        # Left padding ends all rows at the same position, and so their outputs.
+        targets = torch.tensor(
+            [[*[IGNORED] * (width - len(ids)), *ids] for ids in outputs], device=self.device
+        )
+        return token_losses(logits, targets).sum(1)
+
+    def _positions(self, mask: Tensor, last: int) -> dict[str, Tensor]:
+        """Position ids of the last columns of `mask`; none where the model takes none (ALiBi)."""
+        if "position_ids" not in self._parameters:
+            return {}
+        return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -last:]}
+
+    def _only_last_logits(self, count: int) -> dict[str, int]:
+        return {"logits_to_keep": count} if "logits_to_keep" in self._parameters else {}
+
+    @property
+    def _parameters(self) -> set[str]:
+        return set(inspect.signature(self.network.forward).parameters)

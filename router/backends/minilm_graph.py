@@ -1,0 +1,208 @@
+"""Builds the ONNX graph of all-MiniLM-L6-v2 from its weights, with pooling inside.
+
+The graph is written down here instead of being exported and optimised, so that nothing has to be
+shipped, cached or converted, torch is not needed to serve, and every operator is chosen:
+
+- fused attention, residual LayerNorm and GELU (ONNX Runtime's contrib operators);
+- optionally int8 matrix products whose activation scale is **per row**. The usual dynamic
+  quantisation takes one scale for the whole batch, so that a text's vector depends on its batch
+  neighbours; with one scale per token the integer products are exact for each token by itself.
+
+Pooling: per chosen layer the mean over the tokens, L2-normalised; the layers are concatenated and
+scaled to a unit vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+Weights = Mapping[str, NDArray[np.float32]]
+
+LAYERS = 6
+HEADS = 12
+HIDDEN = 384
+
+_FUSED = "com.microsoft"
+_EPSILON = 1e-12
+_INT8_LEVELS = 127.0
+
+
+def build_minilm_graph(weights: Weights, layers: Sequence[int], int8: bool) -> bytes:
+    """A serialised ONNX model.
+
+    Args:
+        weights: the tensors of the model's safetensors file, by name.
+        layers: the layers to pool, 0 (embeddings) to 6, in the order of concatenation.
+        int8: int8 matrix products instead of float32 ones.
+
+    Inputs of the graph: `ids` `[B, T]` int32, `lengths` `[B]` int32 (tokens before the padding),
+    `averaging` `[B, 1, T]` float32 (1/length on tokens, 0 on padding). Output: `embedding`
+    `[B, len(layers) * 384]` float32.
+    """
+    graph = _Graph(weights, int8)
+    hidden = graph.embeddings()
+    states = [hidden]
+    for layer in range(max(layers)):
+        hidden = graph.layer(layer, hidden)
+        states.append(hidden)
+    graph.pool([states[layer] for layer in layers])
+    return graph.model(HIDDEN * len(layers)).SerializeToString()
+
+
+class _Graph:
+    def __init__(self, weights: Weights, int8: bool) -> None:
+        self._weights = weights
+        self._int8 = int8
+        self._nodes: list[NodeProto] = []
+        self._tensors: list[TensorProto] = []
+        self._quantised: dict[str, tuple[str, str]] = {}
+        if int8:
+            self._constant("last_axis", np.array([-1], np.int64))
+            self._constant("one", np.array(1, np.float32))
+            self._constant("levels", np.array(1 / _INT8_LEVELS, np.float32))
+            self._constant("tiny", np.array(1e-12, np.float32))
+            self._constant("zero_point", np.array(128, np.uint8))
+
+    def embeddings(self) -> str:
+        """Word + position + token type 0, normalised."""
+        weights = self._weights
+        self._constant("words", weights["embeddings.word_embeddings.weight"])
+        positions = weights["embeddings.position_embeddings.weight"]
+        types = weights["embeddings.token_type_embeddings.weight"]
+        self._constant("positions", positions + types[0])
+        gain, bias = self._norm("embeddings.LayerNorm")
+        return self._add(
+            "EmbedLayerNormalization",
+            ["ids", "", "words", "positions", "", gain, bias, ""],
+            "embedded",
+            outputs=["embedded", "unused_mask"],
+            domain=_FUSED,
+            epsilon=_EPSILON,
+        )
+
+    def layer(self, number: int, hidden: str) -> str:
+        """One post-norm transformer layer."""
+        prefix = f"encoder.layer.{number}."
+        stacked = [f"{prefix}attention.self.{part}" for part in ("query", "key", "value")]
+        weight = np.concatenate([self._weights[f"{part}.weight"] for part in stacked])
+        bias = np.concatenate([self._weights[f"{part}.bias"] for part in stacked])
+        product = self._product(hidden, weight, f"{prefix}qkv")
+        parts = [f"{prefix}{part}" for part in "qkv"]
+        self._add("Split", [product], parts[0], outputs=parts, axis=-1, num_outputs=3)
+        attended = self._add(
+            "MultiHeadAttention",
+            [*parts, self._constant(f"{prefix}qkv.bias", bias), "lengths"],
+            f"{prefix}attended",
+            domain=_FUSED,
+            num_heads=HEADS,
+        )
+        hidden = self._projected(attended, hidden, f"{prefix}attention.output")
+        inner = self._product(
+            hidden, self._weights[f"{prefix}intermediate.dense.weight"], f"{prefix}inner"
+        )
+        inner_bias = self._weight(f"{prefix}intermediate.dense.bias")
+        activated = self._add("BiasGelu", [inner, inner_bias], f"{prefix}gelu", domain=_FUSED)
+        return self._projected(activated, hidden, f"{prefix}output")
+
+    def pool(self, states: Sequence[str]) -> None:
+        """Mean over tokens per state, normalised, concatenated, scaled to a unit vector."""
+        self._constant("token_axis", np.array([1], np.int64))
+        self._constant("unit", np.array(len(states) ** -0.5, np.float32))
+        pooled = []
+        for state in states:
+            mean = self._add("MatMul", ["averaging", state], f"{state}.mean")
+            mean = self._add("Squeeze", [mean, "token_axis"], f"{state}.flat")
+            pooled.append(self._add("LpNormalization", [mean], f"{state}.unit", axis=-1, p=2))
+        joined = self._add("Concat", pooled, "joined", axis=-1)
+        self._add("Mul", [joined, "unit"], "embedding")
+
+    def model(self, width: int) -> ModelProto:
+        """The finished model."""
+        value = helper.make_tensor_value_info
+        graph = helper.make_graph(
+            self._nodes,
+            "all-MiniLM-L6-v2",
+            [
+                value("ids", TensorProto.INT32, ["batch", "tokens"]),
+                value("lengths", TensorProto.INT32, ["batch"]),
+                value("averaging", TensorProto.FLOAT, ["batch", 1, "tokens"]),
+            ],
+            [value("embedding", TensorProto.FLOAT, ["batch", width])],
+            self._tensors,
+        )
+        versions = [helper.make_opsetid("", 18), helper.make_opsetid(_FUSED, 1)]
+        return helper.make_model(graph, opset_imports=versions, ir_version=9)
+
+    def _projected(self, inner: str, residual: str, name: str) -> str:
+        """Norm(inner @ dense + bias + residual)."""
+        product = self._product(inner, self._weights[f"{name}.dense.weight"], f"{name}.product")
+        gain, bias = self._norm(f"{name}.LayerNorm")
+        return self._add(
+            "SkipLayerNormalization",
+            [product, residual, gain, bias, self._weight(f"{name}.dense.bias")],
+            f"{name}.normed",
+            domain=_FUSED,
+            epsilon=_EPSILON,
+        )
+
+    def _product(self, inputs: str, weight: NDArray[np.float32], name: str) -> str:
+        """`inputs [B, T, I] @ weight [O, I]'`."""
+        if not self._int8:
+            return self._add("MatMul", [inputs, self._constant(f"{name}.w", weight.T)], name)
+        quantised, row_scale = self._quantise_rows(inputs)
+        column_scale = np.abs(weight).max(1) / _INT8_LEVELS
+        integers = np.rint(weight / column_scale[:, None]).astype(np.int8)
+        product = self._add(
+            "MatMulIntegerToFloat",
+            [
+                quantised,
+                self._constant(f"{name}.int8", integers.T),
+                "one",
+                self._constant(f"{name}.scale", column_scale.astype(np.float32)),
+                "zero_point",
+            ],
+            f"{name}.unscaled",
+            domain=_FUSED,
+        )
+        return self._add("Mul", [product, row_scale], name)
+
+    def _quantise_rows(self, inputs: str) -> tuple[str, str]:
+        """uint8 around 128 with one scale per row (token): the integers, and the scales."""
+        if inputs not in self._quantised:
+            size = self._add("Abs", [inputs], f"{inputs}.abs")
+            largest = self._add("ReduceMax", [size, "last_axis"], f"{inputs}.max", keepdims=1)
+            # Padding rows may be all zero.
+            largest = self._add("Max", [largest, "tiny"], f"{inputs}.floor")
+            scale = self._add("Mul", [largest, "levels"], f"{inputs}.scale")
+            scaled = self._add("Div", [inputs, scale], f"{inputs}.scaled")
+            integers = self._add("QuantizeLinear", [scaled, "one", "zero_point"], f"{inputs}.uint8")
+            self._quantised[inputs] = (integers, scale)
+        return self._quantised[inputs]
+
+    def _norm(self, name: str) -> tuple[str, str]:
+        return self._weight(f"{name}.weight"), self._weight(f"{name}.bias")
+
+    def _weight(self, name: str) -> str:
+        return self._constant(name, self._weights[name])
+
+    def _constant(self, name: str, value: NDArray[np.generic]) -> str:
+        self._tensors.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        return name
+
+    def _add(
+        self,
+        operator: str,
+        inputs: Sequence[str],
+        name: str,
+        outputs: Sequence[str] | None = None,
+        domain: str = "",
+        **attributes: float,
+    ) -> str:
+        node = helper.make_node(operator, inputs, outputs or [name], domain=domain)
+        node.attribute.extend(helper.make_attribute(*item) for item in attributes.items())
+        self._nodes.append(node)
+        return name

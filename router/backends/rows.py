@@ -1,0 +1,115 @@
+"""Rows of a batch: token ids with a soft prompt in front, padded and laid out as embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+# The target of a position whose loss does not count.
+IGNORED = -100
+
+
+@dataclass(frozen=True, slots=True)
+class TextTokens:
+    """An input as token ids, special tokens included, and whether it was cut on the right."""
+
+    ids: tuple[int, ...]
+    truncated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a batch: a soft prompt `[P, H]` (or none) and the input's token ids behind it.
+
+    Rows of the same task should share one tensor object: it is then laid out once.
+    """
+
+    prompt: Tensor | None
+    ids: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids) + (0 if self.prompt is None else len(self.prompt))
+
+
+def lay_out(
+    rows: Sequence[Row], embed: nn.Module, pad_id: int, *, pad_left: bool
+) -> tuple[Tensor, Tensor]:
+    """Embeddings `[B, S, H]` of `PROMPT text` rows, and their mask `[B, S]`.
+
+    `embed` gives the input embeddings of token ids.
+    """
+    device = next(embed.parameters()).device
+    lengths = [len(row) for row in rows]
+    places = np.zeros((len(rows), max(lengths)), np.int64)
+    mask = np.zeros_like(places)
+    # Every distinct vector once, then one gather: row 0 is the padding, then the prompts,
+    # then the tokens of all texts.
+    prompts: list[Tensor] = []
+    begin_of: dict[int, int] = {}
+    begin = 1
+    for row in rows:
+        if row.prompt is not None and id(row.prompt) not in begin_of:
+            begin_of[id(row.prompt)] = begin
+            prompts.append(row.prompt)
+            begin += len(row.prompt)
+    for row, length, row_places, row_mask in zip(rows, lengths, places, mask, strict=True):
+        span = slice(len(row_places) - length, None) if pad_left else slice(length)
+        prompt_length = length - len(row.ids)
+        first = 0 if row.prompt is None else begin_of[id(row.prompt)]
+        row_places[span] = np.concatenate(
+            [
+                np.arange(first, first + prompt_length),
+                np.arange(begin, begin + len(row.ids)),
+            ]
+        )
+        row_mask[span] = 1
+        begin += len(row.ids)
+    tokens = [pad_id, *(token for row in rows for token in row.ids)]
+    texts: Tensor = embed(torch.tensor(tokens, device=device))
+    # In float32 up to here: a prompt's gradient is the sum over all rows that it is in.
+    vectors = torch.cat([texts[:1].float(), *prompts, texts[1:].float()])
+    gathered = vectors.index_select(0, torch.from_numpy(places.reshape(-1)).to(device))
+    embeddings = gathered.view(*places.shape, -1).to(texts.dtype)
+    return embeddings, torch.from_numpy(mask).to(device)
+
+
+def batches(
+    lengths: Sequence[int], max_positions: int, max_padding: int | None = None
+) -> Iterator[list[int]]:
+    """Indices of `lengths` in batches of similar length, the longest first.
+
+    Each batch is within `max_positions` when padded, `max_padding` of them padding.
+    """
+    batch: list[int] = []
+    longest = padding = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        added = longest - lengths[i]
+        too_large = longest * (len(batch) + 1) > max_positions
+        if batch and (too_large or (max_padding is not None and padding + added > max_padding)):
+            yield batch
+            batch = []
+        if not batch:
+            longest, padding, added = lengths[i], 0, 0
+        padding += added
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def padded(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> Tensor:
+    """`rows` as one tensor `[B, T]`, filled up on the right."""
+    width = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], device=device)
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log p of `targets` `[B, T]` under `logits` `[B, T, V]`; 0 where a target is `IGNORED`."""
+    flat = functional.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return flat.view(targets.shape)

@@ -1,0 +1,94 @@
+"""Encoder-decoder base models: BART, T5 and every other `AutoModelForSeq2SeqLM`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
+
+from router.backends.rows import IGNORED, Row, padded, token_losses
+from router.backends.torch_model import Started, TorchLanguageModel
+from router.errors import IncompatibleModelError, InvalidInputError
+
+
+class Seq2SeqLanguageModel(TorchLanguageModel):
+    """`PROMPT text | pad` into the encoder, the output from the decoder.
+
+    The encoder is padded on the right: absolute positions of a row then do not depend on its
+    neighbours.
+    """
+
+    shares_window = False
+
+    def _affixes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return split_special_tokens(self)
+
+    @property
+    def _start_id(self) -> int:
+        start = self.network.generation_config.decoder_start_token_id
+        if start is None:
+            raise IncompatibleModelError(
+                "base model", self.name, "set decoder_start_token_id in its config.json"
+            )
+        return int(start)
+
+    def tokenize_output(self, text: str) -> tuple[int, ...]:
+        encoded = self.tokenizer(text_target=text, verbose=False)["input_ids"]
+        ids = [int(token) for token in encoded]
+        # BERT's tokenizer opens with [CLS], which is what our decoder starts from anyway; BART's
+        # opens with <s>, which its decoder does write first.
+        if ids and ids[0] == self._start_id:
+            ids = ids[1:]
+        if not ids or ids[-1] not in self.end_ids:
+            ids.append(self.end_id)
+        if len(ids) > self.window:
+            raise InvalidInputError(
+                "output", text, f"{self.name} can write at most {self.window} tokens"
+            )
+        return tuple(ids)
+
+    def _start(self, rows: Sequence[Row]) -> Started:
+        embeddings, mask = self._lay_out(rows)
+        first = torch.full((len(rows), 1), self._start_id, device=self.device)
+        out = self.network(
+            inputs_embeds=embeddings, attention_mask=mask, decoder_input_ids=first, use_cache=True
+        )
+        return Started(
+            out.logits[:, -1], out.past_key_values, mask, encoded=out.encoder_last_hidden_state
+        )
+
+    def _continue(self, started: Started, ids: Tensor) -> Tensor:
+        out = self.network(
+            encoder_outputs=BaseModelOutput(last_hidden_state=started.encoded),
+            attention_mask=started.mask,
+            decoder_input_ids=ids,
+            past_key_values=started.cache,
+            use_cache=True,
+        )
+        logits: Tensor = out.logits
+        return logits
+
+    def negative_log_likelihood(
+        self, rows: Sequence[Row], outputs: Sequence[Sequence[int]]
+    ) -> Tensor:
+        embeddings, mask = self._lay_out(rows)
+        targets = padded(outputs, IGNORED, self.device)
+        fed = targets.roll(1, dims=1).clamp(min=0)
+        fed[:, 0] = self._start_id
+        logits = self.network(
+            inputs_embeds=embeddings, attention_mask=mask, decoder_input_ids=fed, use_cache=False
+        ).logits
+        return token_losses(logits, targets).sum(1)
+
+
+def split_special_tokens(model: TorchLanguageModel) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The special tokens that the tokenizer puts before and after a text."""
+    probe = "a"
+    plain = list(model.tokenizer(probe, add_special_tokens=False)["input_ids"])
+    full = list(model.tokenizer(probe)["input_ids"])
+    for begin in range(len(full) - len(plain) + 1):
+        if full[begin : begin + len(plain)] == plain:
+            return tuple(full[:begin]), tuple(full[begin + len(plain) :])
+    return (), ()

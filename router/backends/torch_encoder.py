@@ -1,0 +1,158 @@
+"""Sentence encoders on torch: any sentence-transformers model, and the embedded one on a GPU."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+
+from router.backends.onnx_encoder import (
+    MAX_BATCH_TOKENS,
+    NAME,
+    POOLED_LAYERS,
+    WEIGHTS_SHA256,
+    WINDOW_TOKENS,
+    batches_by_length,
+    check_weights,
+    model_folder,
+)
+from router.errors import IncompatibleModelError, InvalidInputError
+from router.interfaces import Embeddings, FloatArray
+
+
+class TorchEncoder:
+    """A sentence-transformers model as an `Encoder`, float32, on a CPU or a GPU.
+
+    Without `layers` it keeps its own pooling. With `layers` its token states at those layers (0:
+    embeddings) are mean-pooled, each L2-normalised, concatenated and scaled to a unit vector.
+    """
+
+    def __init__(
+        self,
+        name_or_folder: str,
+        layers: Sequence[int] = (),
+        device: str = "cpu",
+        window: int | None = None,
+    ) -> None:
+        """Load a model by hub name or folder.
+
+        Raises:
+            InvalidInputError: there is no such model.
+            IncompatibleModelError: it has no such layers.
+        """
+        try:
+            self._model = SentenceTransformer(name_or_folder, device=device)
+        except (OSError, ValueError) as error:
+            raise InvalidInputError(
+                "encoder", name_or_folder, "give all-MiniLM-L6-v2, a hub name or a folder"
+            ) from error
+        self._model.eval()
+        if window is not None:
+            self._model.max_seq_length = window
+        self._layers = tuple(layers)
+        # Two hosts may keep the same model in different folders.
+        self._name = Path(name_or_folder).name if Path(name_or_folder).is_dir() else name_or_folder
+        self._weights_sha256 = _weights_digest(self._model)
+        if self._layers and max(self._layers) > self._transformer.config.num_hidden_layers:
+            raise IncompatibleModelError(
+                "layers",
+                self._layers,
+                f"the model has {self._transformer.config.num_hidden_layers} layers",
+            )
+
+    @property
+    def name(self) -> str:
+        """The hub name, or the folder's name."""
+        return self._name
+
+    @property
+    def fingerprint(self) -> str:
+        """Weights, pooling, window, runtime and precision."""
+        pooling = "mean-" + "+".join(map(str, self._layers)) if self._layers else "own"
+        return (
+            f"{self._name}:{self._weights_sha256[:16]}:{pooling}"
+            f":window-{self._model.max_seq_length}:torch-float32"
+        )
+
+    @property
+    def dimension(self) -> int:
+        """The width of an embedding."""
+        if self._layers:
+            return int(self._transformer.config.hidden_size) * len(self._layers)
+        width = self._model.get_embedding_dimension()
+        return int(width or 0)
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, cut to the window."""
+        return [min(length, self._window) for length in self._lengths(texts)]
+
+    def encode(self, texts: Sequence[str]) -> Embeddings:
+        """Embed `texts` `[B]` to unit vectors `[B, D]`."""
+        lengths = np.array(self._lengths(texts), np.int32)
+        vectors = np.zeros((len(texts), self.dimension), np.float32)
+        with torch.inference_mode():
+            for chosen in batches_by_length(np.minimum(lengths, self._window), MAX_BATCH_TOKENS):
+                rows = [texts[row] for row in chosen]
+                vectors[chosen] = self._pooled(rows) if self._layers else self._own(rows)
+        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+        return Embeddings(vectors / np.maximum(norms, 1e-12), lengths > self._window)
+
+    @property
+    def _transformer(self) -> Any:  # noqa: ANN401 - any Hugging Face model
+        return self._model[0].model
+
+    @property
+    def _window(self) -> int:
+        return int(self._model.max_seq_length or 512)
+
+    def _lengths(self, texts: Sequence[str]) -> list[int]:
+        encoded = self._model.tokenizer(list(texts), truncation=False, verbose=False)
+        return [len(ids) for ids in encoded["input_ids"]]
+
+    def _own(self, texts: Sequence[str]) -> FloatArray:
+        vectors: FloatArray = self._model.encode(list(texts), show_progress_bar=False)
+        return vectors
+
+    def _pooled(self, texts: Sequence[str]) -> FloatArray:
+        tokens = self._model.tokenizer(
+            list(texts), truncation=True, max_length=self._window, padding=True, return_tensors="pt"
+        ).to(self._model.device)
+        states = self._transformer(**tokens, output_hidden_states=True).hidden_states
+        mask = tokens["attention_mask"].unsqueeze(-1).float()
+        pooled = [
+            torch.nn.functional.normalize((states[layer] * mask).sum(1) / mask.sum(1), dim=-1)
+            for layer in self._layers
+        ]
+        joined = torch.cat(pooled, 1) / len(self._layers) ** 0.5
+        vectors: FloatArray = joined.cpu().numpy()
+        return vectors
+
+
+class TorchMiniLM(TorchEncoder):
+    """The embedded all-MiniLM-L6-v2 on torch: the same features as on ONNX Runtime in float32."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        """Load the weights of the installed package.
+
+        Raises:
+            IncompatibleModelError: they are not the published ones.
+        """
+        folder = model_folder()
+        check_weights((folder / "model.safetensors").read_bytes())
+        super().__init__(str(folder), POOLED_LAYERS, device, WINDOW_TOKENS)
+        self._name = NAME
+        self._weights_sha256 = WEIGHTS_SHA256
+
+
+def _weights_digest(model: SentenceTransformer) -> str:
+    """SHA-256 over the parameters by name: also of a model that has no single weights file."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

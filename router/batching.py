@@ -1,0 +1,167 @@
+"""Micro-batching: what concurrent calls are waiting for is worked on together, off the event loop.
+
+There is no timer: a batch starts as soon as the worker is free and takes what has gathered while
+it was busy, so that an idle server answers at once and a busy one fills its batches by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from router.errors import OverloadedError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# How far down the queue items of one kind are looked for, in batches.
+_LOOK_AHEAD_BATCHES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLimits:
+    """Bounds of the queue (items waiting or being worked on) and of one batch."""
+
+    queue_items: int
+    batch_items: int
+    batch_tokens: int
+
+
+@dataclass(slots=True, eq=False)
+class _Call(Generic[Result]):
+    """One `submit`: its results as they come in, and the future that its caller waits on."""
+
+    done: asyncio.Future[list[Result]]
+    size: int
+    results: dict[int, Result]
+
+
+@dataclass(slots=True, eq=False)
+class _Entry(Generic[Item, Result]):
+    """One item in the queue. `tokens` is counted when it is first looked at."""
+
+    item: Item
+    call: _Call[Result]
+    position: int
+    tokens: int = 0
+
+
+class MicroBatcher(Generic[Item, Result]):
+    """Runs `work` over batches of what concurrent calls submit, in one worker thread.
+
+    All methods belong to one event loop; `work` and `count_tokens` run in the worker thread.
+    """
+
+    def __init__(
+        self,
+        work: Callable[[Sequence[Item]], Sequence[Result]],
+        count_tokens: Callable[[Sequence[Item]], Sequence[int]],
+        limits: BatchLimits,
+        *,
+        name: str,
+        kind: Callable[[Item], Hashable] = lambda _: None,
+        prepare_thread: Callable[[], object] | None = None,
+    ) -> None:
+        """`work` gives one result per item; only items of equal `kind` share a batch.
+
+        `prepare_thread` runs once, first of all, in the worker thread.
+        """
+        self._work = work
+        self._count_tokens = count_tokens
+        self._limits = limits
+        self._name = name
+        self._kind = kind
+        self._waiting: list[_Entry[Item, Result]] = []
+        self._unfinished = 0
+        self._busy = False
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=prepare_thread)
+
+    async def submit(self, items: Sequence[Item]) -> list[Result]:
+        """The results for `items`, in their order. Cancelling takes them out of the queue.
+
+        Raises:
+            OverloadedError: the queue cannot hold them.
+            Exception: what `work` raised for a batch that one of them was in.
+        """
+        if self._unfinished + len(items) > self._limits.queue_items:
+            raise OverloadedError(
+                f"{self._name} queue", f"{self._unfinished} waiting", "try again a little later"
+            )
+        loop = asyncio.get_running_loop()
+        call: _Call[Result] = _Call(loop.create_future(), len(items), {})
+        self._unfinished += len(items)
+        try:
+            self._waiting += [_Entry(item, call, position) for position, item in enumerate(items)]
+            if not self._busy:
+                self._start_batch(loop)
+            return await call.done
+        finally:
+            self._unfinished -= len(items)
+
+    def close(self) -> None:
+        """Wait for the batch that is running and end the thread."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _start_batch(self, loop: asyncio.AbstractEventLoop) -> None:
+        # Entries of calls that were cancelled or failed are dropped here.
+        self._waiting = [entry for entry in self._waiting if not entry.call.done.done()]
+        self._busy = bool(self._waiting)
+        if self._busy:
+            window = self._waiting[: self._limits.batch_items * _LOOK_AHEAD_BATCHES]
+            batch = loop.run_in_executor(self._thread, self._run_batch, window)
+            batch.add_done_callback(self._finish_batch)
+
+    def _run_batch(
+        self, window: Sequence[_Entry[Item, Result]]
+    ) -> tuple[list[_Entry[Item, Result]], Sequence[Result] | Exception]:
+        """In the worker thread: choose a batch from `window` and work on it."""
+        batch = list(window)
+        try:
+            if len(batch) > 1:
+                batch = self._choose(window)
+            results = self._work([entry.item for entry in batch])
+            if len(results) != len(batch):
+                raise ValueError(f"{len(results)} results for {len(batch)} items")
+            return batch, results
+        except Exception as error:
+            return batch, error
+
+    def _choose(self, window: Sequence[_Entry[Item, Result]]) -> list[_Entry[Item, Result]]:
+        """The oldest entry and the next ones of its kind, as long as the tokens suffice."""
+        uncounted = [entry for entry in window if not entry.tokens]
+        counts = self._count_tokens([entry.item for entry in uncounted])
+        for entry, tokens in zip(uncounted, counts, strict=True):
+            entry.tokens = max(tokens, 1)
+        kind = self._kind(window[0].item)
+        batch: list[_Entry[Item, Result]] = []
+        tokens_left = self._limits.batch_tokens
+        for entry in window:
+            if self._kind(entry.item) != kind:
+                continue
+            tokens_left -= entry.tokens
+            if len(batch) == self._limits.batch_items or (batch and tokens_left < 0):
+                break
+            batch.append(entry)
+        return batch
+
+    def _finish_batch(
+        self,
+        finished: asyncio.Future[tuple[list[_Entry[Item, Result]], Sequence[Result] | Exception]],
+    ) -> None:
+        batch, results = finished.result()
+        taken = set(map(id, batch))
+        self._waiting = [entry for entry in self._waiting if id(entry) not in taken]
+        for row, entry in enumerate(batch):
+            call = entry.call
+            if call.done.done():
+                continue
+            if isinstance(results, Exception):
+                call.done.set_exception(results)
+                continue
+            call.results[entry.position] = results[row]
+            if len(call.results) == call.size:
+                call.done.set_result([call.results[place] for place in range(call.size)])
+        self._start_batch(finished.get_loop())

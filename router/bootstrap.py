@@ -1,0 +1,119 @@
+"""Puts a server together: the only place that names concrete backends, and loads them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+
+import structlog
+
+from router.answering import Answerer
+from router.interfaces import Encoder, LanguageModel
+from router.routing import Router
+from router.settings import DEFAULT_ENCODER, ServerSettings
+
+
+def load_encoder(name: str = DEFAULT_ENCODER, *, device: str = "auto", threads: int = 2) -> Encoder:
+    """The sentence encoder of that name or folder.
+
+    The embedded one runs on ONNX Runtime unless another `device` than the CPU is named: a catalog
+    belongs to one runtime, so that `auto` must not depend on the machine. `threads` are its own.
+
+    Raises:
+        InvalidInputError: there is no such model.
+        IncompatibleModelError: its weights are not what they should be.
+    """
+    if name == DEFAULT_ENCODER and device in ("auto", "cpu"):
+        from router.backends.onnx_encoder import OnnxMiniLM
+
+        return OnnxMiniLM(threads=threads)
+    from router.backends.torch_encoder import TorchEncoder, TorchMiniLM
+
+    if name == DEFAULT_ENCODER:
+        return TorchMiniLM(device)
+    return TorchEncoder(name, device="cpu" if device == "auto" else device)
+
+
+def load_base_model(
+    name: str | None, *, device: str = "auto", threads: int | None = None
+) -> LanguageModel | None:
+    """The base model of that name or folder; None for None, which is for routing only.
+
+    `threads` sets torch's for the whole process; None leaves them.
+
+    Raises:
+        InvalidInputError: there is none.
+        IncompatibleModelError: it is not a model that can answer.
+    """
+    if name is None:
+        return None
+    from router.backends.language_model import load_language_model
+
+    return load_language_model(name, device=device, threads=threads)
+
+
+@contextlib.contextmanager
+def open_router(settings: ServerSettings) -> Iterator[Router]:
+    """A router with its models over the live catalog of `settings.home`, warmed up.
+
+    Raises:
+        PromptyardError: a model or the catalog cannot be loaded.
+    """
+    from router.background import load_background
+    from router.live import LiveCatalog
+    from router.loading import ServedModels
+
+    encoder = load_encoder(
+        settings.encoder, device=settings.encoder_device, threads=settings.encoder_threads
+    )
+    base_model = load_base_model(
+        settings.base_model, device=settings.base_model_device, threads=settings.base_model_threads
+    )
+    models = ServedModels(
+        encoder.fingerprint,
+        encoder.dimension,
+        load_background(encoder.fingerprint),
+        None if base_model is None else base_model.fingerprint,
+    )
+    # The first run of a graph allocates its memory, which the first caller should not wait for.
+    encoder.encode(["warm up"])
+    with contextlib.ExitStack() as closing:
+        live = LiveCatalog(settings.home, models, settings.poll_seconds)
+        closing.callback(live.close)
+        live.start()
+        answerer = None
+        if base_model is not None:
+            answerer = Answerer(base_model, settings.answer_batches)
+            closing.callback(answerer.close)
+        router = Router(live, encoder, answerer, settings.limits, settings.routing_batches)
+        closing.callback(router.close)
+        yield router
+
+
+def serve(settings: ServerSettings, announce: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or SIGINT; `announce` gets one line when calls can come.
+
+    Raises:
+        PromptyardError: a model or the catalog cannot be loaded, or the address is in use.
+    """
+    from router.server import RouterServer
+
+    with open_router(settings) as router:
+        server = RouterServer(router, settings, version("promptyard"))
+        asyncio.run(server.run(announce))
+
+
+def log_to_stderr() -> None:
+    """Write the log as JSON lines to stderr, so that stdout is for results."""
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(ensure_ascii=False),
+        ],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )

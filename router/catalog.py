@@ -1,0 +1,202 @@
+"""The catalog: an append-only record of tasks in SQLite. This side only reads.
+
+Three tables, all append-only (triggers refuse UPDATE and DELETE):
+
+    task_records       one immutable record per task revision
+    catalog_revisions  one row per publish: what was done, and the compiled head
+    task_events        which revision of a task is live from a catalog revision on (NULL: retired)
+
+What is live at catalog revision R is each task's latest event up to R, so a revision costs one row
+per task that changed, not one per task. The journal mode is DELETE: a reader then needs no write
+permission, unlike in WAL mode, so that a catalog on a read-only mount can be served.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from router.errors import CatalogError, CorruptArtifactError, TaskNotFoundError
+from router.tasks import Policy, TaskKey, TaskRecord
+
+CATALOG_FILE = "catalog.sqlite3"
+ARTIFACTS_FOLDER = "artifacts"
+HEADS_FOLDER = "heads"
+SCHEMA_VERSION = 1
+
+_BUSY_SECONDS = 10.0
+
+_LIVE = """
+    SELECT task, task_revision FROM task_events AS event
+    WHERE catalog_revision = (
+        SELECT max(catalog_revision) FROM task_events
+        WHERE task = event.task AND catalog_revision <= :revision
+    ) AND task_revision IS NOT NULL
+    ORDER BY task
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogRevision:
+    """One publish: what was done, the compiled head and what it was made with, and the report."""
+
+    revision: int
+    created_at: str
+    action: str
+    tasks: tuple[str, ...]
+    head_sha256: str
+    encoder: str
+    policy: Policy
+    report: Mapping[str, object]
+
+
+class CatalogReader:
+    """Reads a catalog. Safe to use from several threads.
+
+    Raises (on opening, and from every method):
+        CatalogError: there is no catalog, it cannot be read, or it is of a newer version.
+    """
+
+    _mode = "ro"
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self._file = home / CATALOG_FILE
+        self._lock = threading.Lock()
+        self._connection = self._open()
+
+    def close(self) -> None:
+        """Close the connection."""
+        with self._lock:
+            self._connection.close()
+
+    def __enter__(self) -> CatalogReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def newest_revision(self) -> int:
+        """The newest catalog revision; 0 for an empty catalog."""
+        with self._reading() as connection:
+            row = connection.execute("SELECT max(revision) FROM catalog_revisions").fetchone()
+        return int(row[0] or 0)
+
+    def revision(self, revision: int) -> CatalogRevision:
+        """The publish that made `revision`."""
+        with self._reading() as connection:
+            row = connection.execute(
+                "SELECT revision, created_at, action, tasks, head_sha256, encoder, policy, report"
+                " FROM catalog_revisions WHERE revision = ?",
+                (revision,),
+            ).fetchone()
+        if row is None:
+            raise CatalogError(
+                "catalog revision", revision, f"the newest one is {self.newest_revision()}"
+            )
+        number, created_at, action, tasks, head, encoder, policy, report = row
+        return CatalogRevision(
+            number,
+            created_at,
+            action,
+            tuple(json.loads(tasks)),
+            head,
+            encoder,
+            Policy(**json.loads(policy)),
+            json.loads(report),
+        )
+
+    def live(self, revision: int) -> list[TaskKey]:
+        """The tasks that are live at `revision`, by name."""
+        with self._reading() as connection:
+            rows = connection.execute(_LIVE, {"revision": revision}).fetchall()
+        return [TaskKey(*row) for row in rows]
+
+    def record(self, key: TaskKey) -> TaskRecord:
+        """The record of a task at one of its revisions.
+
+        Raises:
+            TaskNotFoundError: there is none.
+            CorruptArtifactError: the row is damaged.
+        """
+        with self._reading() as connection:
+            row = connection.execute(
+                "SELECT record, sha256 FROM task_records WHERE task = ? AND revision = ?",
+                (key.name, key.revision),
+            ).fetchone()
+        if row is None:
+            raise TaskNotFoundError("task", key, "list the tasks with `promptyard list`")
+        record = TaskRecord.from_json(row[0])
+        if record.sha256 != row[1]:
+            raise CorruptArtifactError(
+                f"record of {key}", "does not have its digest", "restore the catalog"
+            )
+        return record
+
+    def newest_record(self, task: str) -> int:
+        """The newest revision of a task, live or not; 0 where there is none."""
+        with self._reading() as connection:
+            row = connection.execute(
+                "SELECT max(revision) FROM task_records WHERE task = ?", (task,)
+            ).fetchone()
+        return int(row[0] or 0)
+
+    def history(self, task: str) -> list[tuple[int, int | None]]:
+        """(catalog revision, live task revision or None if retired) of a task, oldest first."""
+        with self._reading() as connection:
+            rows = connection.execute(
+                "SELECT catalog_revision, task_revision FROM task_events WHERE task = ?"
+                " ORDER BY catalog_revision",
+                (task,),
+            ).fetchall()
+        return [(int(at), live) for at, live in rows]
+
+    def task_names(self) -> list[str]:
+        """Every task that was ever registered, by name."""
+        with self._reading() as connection:
+            rows = connection.execute("SELECT DISTINCT task FROM task_records ORDER BY task")
+            return [row[0] for row in rows]
+
+    def _open(self) -> sqlite3.Connection:
+        if not self._file.exists():
+            raise CatalogError(
+                "home", self.home, "holds no catalog; register a task first, or give --home"
+            )
+        try:
+            connection = self._connect()
+            version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+        except sqlite3.Error as error:
+            raise self._unreadable(error) from error
+        if version > SCHEMA_VERSION:
+            connection.close()
+            raise CatalogError(
+                "catalog version", version, f"upgrade promptyard: it reads up to {SCHEMA_VERSION}"
+            )
+        return connection
+
+    def _connect(self) -> sqlite3.Connection:
+        return sqlite3.connect(
+            f"{self._file.resolve().as_uri()}?mode={self._mode}",
+            uri=True,
+            timeout=_BUSY_SECONDS,
+            isolation_level=None,
+            check_same_thread=False,
+        )
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            try:
+                yield self._connection
+            except sqlite3.Error as error:
+                raise self._unreadable(error) from error
+
+    def _unreadable(self, error: sqlite3.Error) -> CatalogError:
+        return CatalogError(
+            f"catalog {self._file}", error, "check the file and its permissions, or restore it"
+        )

@@ -1,0 +1,221 @@
+"""A thin client: values in, values out, deadlines, retries. Loads no model and no index."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar, cast
+
+import grpc
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from router.answer import AnswerEvent
+from router.decision import Decision
+from router.tasks import SoftPrompt
+from router.v1 import router_service_pb2 as messages
+from router.v1 import task_pb2
+from router.v1 import task_service_pb2 as task_messages
+from router.v1.router_service_pb2_grpc import RouterServiceStub
+from router.v1.task_service_pb2_grpc import TaskServiceStub
+from router.wire import answer_value, decision_value
+
+Response = TypeVar("Response")
+
+DEFAULT_TARGET = "127.0.0.1:50051"
+
+# Every method only reads, so that all of them may be tried again. A server that wants no retry
+# says so in its answer (`grpc-retry-pushback-ms`).
+_SERVICE_CONFIG = {
+    "methodConfig": [
+        {
+            "name": [
+                {"service": "router.v1.RouterService"},
+                {"service": "router.v1.TaskService"},
+            ],
+            "retryPolicy": {
+                # In all about 3 seconds: a server that restarts is back by then.
+                "maxAttempts": 5,
+                "initialBackoff": "0.2s",
+                "maxBackoff": "2s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ],
+    # A server that fails most calls gets no retries on top.
+    "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.1},
+}
+_OPTIONS = [
+    ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
+    ("grpc.keepalive_time_ms", 30_000),
+    # By default a lost connection is first tried again after a second, retries or not.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+]
+
+
+class RouterError(Exception):
+    """A call that failed.
+
+    `reason` is the name of an ErrorReason where the server gave one (`TASK_NOT_FOUND`), otherwise
+    of the gRPC status (`DEADLINE_EXCEEDED`). `field` is the field at fault, or empty.
+    """
+
+    def __init__(self, reason: str, message: str, field: str = "") -> None:
+        self.reason = reason
+        self.message = message
+        self.field = field
+        super().__init__(f"{reason}: {message}")
+
+
+class RouterClient:
+    """Calls a Promptyard server. Thread-safe; close it, or use it in a `with`.
+
+    Every method may raise RouterError.
+    """
+
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        timeout: float = 10.0,
+        stream_timeout: float = 300.0,
+    ) -> None:
+        """`target` is HOST:PORT. The timeouts (seconds) bound a single call, and a whole stream.
+
+        Nothing is sent before the first call.
+        """
+        self._timeout = timeout
+        self._stream_timeout = stream_timeout
+        self._channel = grpc.insecure_channel(target, options=_OPTIONS)
+        self._router = RouterServiceStub(self._channel)
+        self._tasks = TaskServiceStub(self._channel)
+
+    def __enter__(self) -> RouterClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; calls that are running are cancelled."""
+        self._channel.close()
+
+    def route(self, text: str, top_k: int = 0) -> Decision:
+        """The decision on one text."""
+        request = messages.RouteRequest(text=text, top_k=top_k)
+        with _router_errors():
+            return decision_value(self._router.Route(request, timeout=self._timeout).decision)
+
+    def batch_route(self, texts: Sequence[str], top_k: int = 0) -> list[Decision]:
+        """One decision per text, all at one catalog revision."""
+        request = messages.BatchRouteRequest(texts=texts, top_k=top_k)
+        with _router_errors():
+            response = self._router.BatchRoute(request, timeout=self._timeout)
+        return [decision_value(decision) for decision in response.decisions]
+
+    def stream_route(
+        self, texts: Iterable[str], top_k: int = 0
+    ) -> Iterator[Decision | RouterError]:
+        """One result per text, in order. A bad text gives its error as the result, unraised."""
+        requests = (messages.StreamRouteRequest(text=text, top_k=top_k) for text in texts)
+        with _reading(
+            self._router.StreamRoute(requests, timeout=self._stream_timeout)
+        ) as responses:
+            for response in responses:
+                if response.HasField("decision"):
+                    yield decision_value(response.decision)
+                else:
+                    error = response.error
+                    yield RouterError(error.reason, error.message, error.field)
+
+    def generate(
+        self,
+        text: str,
+        *,
+        task: str = "",
+        context: Sequence[str] = (),
+        max_output_tokens: int = 0,
+        top_k: int = 0,
+    ) -> Iterator[AnswerEvent]:
+        """The decision, pieces of the answer, then a summary. Closing the iterator cancels."""
+        request = messages.GenerateRequest(
+            text=text,
+            task=task,
+            context=context,
+            max_output_tokens=max_output_tokens,
+            top_k=top_k,
+        )
+        with _reading(self._router.Generate(request, timeout=self._stream_timeout)) as responses:
+            for response in responses:
+                yield answer_value(response)
+
+    def get_soft_prompt(self, task: str) -> SoftPrompt:
+        """The task's soft prompt `[P, H]`, its bytes checked against the digest."""
+        import numpy as np
+
+        with _router_errors():
+            parts = list(
+                self._router.GetSoftPrompt(
+                    messages.GetSoftPromptRequest(task=task), timeout=self._timeout
+                )
+            )
+        description = parts[0].description
+        tensor = b"".join(part.chunk for part in parts[1:])
+        if hashlib.sha256(tensor).hexdigest() != description.sha256:
+            raise RouterError("DATA_LOSS", f"the prompt of {task} arrived damaged; try again")
+        values = np.frombuffer(tensor, "<f4").astype(np.float32).reshape(*description.shape)
+        return SoftPrompt(values, description.base_model)
+
+    def status(self) -> messages.GetStatusResponse:
+        """What is being served."""
+        with _router_errors():
+            return self._router.GetStatus(messages.GetStatusRequest(), timeout=self._timeout)
+
+    def list_tasks(self) -> Iterator[task_pb2.Task]:
+        """Every task, by name, fetched page by page."""
+        request = task_messages.ListTasksRequest()
+        while True:
+            with _router_errors():
+                response = self._tasks.ListTasks(request, timeout=self._timeout)
+            yield from response.tasks
+            if not response.next_page_token:
+                return
+            request.page_token = response.next_page_token
+
+    def get_task(self, name: str) -> task_pb2.Task:
+        """One task."""
+        request = task_messages.GetTaskRequest(name=name)
+        with _router_errors():
+            return self._tasks.GetTask(request, timeout=self._timeout).task
+
+
+@contextlib.contextmanager
+def _router_errors() -> Iterator[None]:
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise _router_error(cast("grpc.Call", error)) from None
+
+
+@contextlib.contextmanager
+def _reading(call: grpc.CallIterator[Response]) -> Iterator[Iterator[Response]]:
+    """The responses of a stream, which is cancelled when its reader leaves early."""
+    with _router_errors():
+        try:
+            yield iter(call)
+        finally:
+            call.cancel()  # type: ignore[no-untyped-call]
+
+
+def _router_error(call: grpc.Call) -> RouterError:
+    code, message = call.code(), call.details() or ""
+    status = rpc_status.from_call(call)
+    info = error_details_pb2.ErrorInfo()
+    for detail in status.details if status is not None else ():
+        if detail.Unpack(info):
+            return RouterError(info.reason, message, info.metadata.get("field", ""))
+    return RouterError(code.name, message)

@@ -1,0 +1,187 @@
+"""The head: the function from an embedding to task scores, compiled for one catalog revision."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from router.errors import CorruptArtifactError
+from router.interfaces import FloatArray
+from router.tasks import TaskKey
+
+HEAD_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Scores for all tasks from one inner-product search, and the thresholds that go with them.
+
+    The score of row m for an embedding x `[D]` is `rows[m] . [x - center ; 1] + offset(x)`, where
+    `offset(x) = -(x - center)' background (x - center)` is the same for all rows, so that it
+    matters for rejection and not for the order. A task scores as its best row.
+
+    rows `[M, D + 1]`, row_task `[M]`, thresholds `[K]`, center `[D]`, background `[D, D]` or None.
+    `held_out` `[N]` is the number of the task that each stored row was routed to by a head that
+    was fitted without it (-1: rejected), in the order of `tasks` and, within a task, of its rows.
+    """
+
+    kind: str
+    encoder: str
+    tasks: tuple[TaskKey, ...]
+    rows: FloatArray
+    row_task: NDArray[np.int64]
+    thresholds: tuple[float, ...]
+    ambiguity_margin: float
+    center: FloatArray
+    background: FloatArray | None
+    held_out: NDArray[np.int32]
+    summary: Mapping[str, float]
+
+    def queries(self, vectors: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Embeddings `[B, D]` to queries `[B, D + 1]` for the rows, and score offsets `[B]`."""
+        centered = vectors - self.center
+        ones = np.ones((len(centered), 1), np.float32)
+        queries = np.concatenate([centered, ones], axis=1, dtype=np.float32)
+        return queries, self._offsets(centered)
+
+    def scores(self, vectors: FloatArray) -> FloatArray:
+        """Scores `[B, K]` of every task for embeddings `[B, D]`. For evaluation, not serving."""
+        queries, offsets = self.queries(vectors)
+        return best_row_per_task(queries @ self.rows.T, self.row_task) + offsets[:, None]
+
+    def to_bytes(self) -> bytes:
+        """A safetensors file; equal heads give equal bytes."""
+        tensors: dict[str, NDArray[np.generic]] = {
+            "rows": self.rows,
+            "row_task": self.row_task,
+            "thresholds": np.array(self.thresholds, np.float64),
+            "center": self.center,
+            "held_out": self.held_out,
+        }
+        if self.background is not None:
+            tensors["background"] = self.background
+        about = {
+            "format": HEAD_FORMAT,
+            "kind": self.kind,
+            "encoder": self.encoder,
+            "tasks": [[key.name, key.revision] for key in self.tasks],
+            "ambiguity_margin": self.ambiguity_margin,
+            "summary": dict(self.summary),
+        }
+        return save(
+            {name: np.ascontiguousarray(value) for name, value in tensors.items()},
+            metadata={"head": json.dumps(about, sort_keys=True)},
+        )
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Head:
+        """The head that `to_bytes` wrote.
+
+        Raises:
+            CorruptArtifactError: not a head, of another format, or inconsistent in itself.
+        """
+        try:
+            tensors = load(content)
+            about = json.loads(_metadata(content)["head"])
+            if about["format"] != HEAD_FORMAT:
+                raise ValueError(f"format {about['format']}")
+            head = cls(
+                about["kind"],
+                about["encoder"],
+                tuple(TaskKey(*key) for key in about["tasks"]),
+                tensors["rows"],
+                tensors["row_task"],
+                tuple(tensors["thresholds"].tolist()),
+                float(about["ambiguity_margin"]),
+                tensors["center"],
+                tensors.get("background"),
+                tensors["held_out"],
+                about["summary"],
+            )
+            head._check()
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise CorruptArtifactError(
+                "compiled head", error, "publish again: any registration compiles a new head"
+            ) from error
+        return head
+
+    def _check(self) -> None:
+        dimension = len(self.center)
+        floats: Sequence[FloatArray] = [self.rows, self.center]
+        if self.background is not None:
+            floats = [*floats, self.background]
+        if not (
+            self.rows.ndim == 2
+            and self.rows.shape[1] == dimension + 1
+            and self.row_task.shape == (len(self.rows),)
+            and set(np.unique(self.row_task)) == set(range(len(self.tasks)))
+            and len(self.thresholds) == len(self.tasks)
+            and (self.background is None or self.background.shape == (dimension, dimension))
+            and all(np.isfinite(array).all() for array in floats)
+        ):
+            raise ValueError("shapes or values do not fit together")
+
+    def _offsets(self, centered: FloatArray) -> FloatArray:
+        if self.background is None:
+            return np.zeros(len(centered), np.float32)
+        offsets: FloatArray = -np.einsum("bd,bd->b", centered @ self.background, centered)
+        return offsets
+
+
+def empty_head(encoder: str, dimension: int) -> Head:
+    """The head of a catalog with no live task: everything is unknown."""
+    return Head(
+        kind="none",
+        encoder=encoder,
+        tasks=(),
+        rows=np.zeros((0, dimension + 1), np.float32),
+        row_task=np.zeros(0, np.int64),
+        thresholds=(),
+        ambiguity_margin=0.0,
+        center=np.zeros(dimension, np.float32),
+        background=None,
+        held_out=np.zeros(0, np.int32),
+        summary={},
+    )
+
+
+def with_thresholds(
+    head: Head,
+    thresholds: Sequence[float],
+    ambiguity_margin: float,
+    held_out: NDArray[np.int32],
+    summary: Mapping[str, float],
+) -> Head:
+    """`head` with its calibration."""
+    return replace(
+        head,
+        thresholds=tuple(float(value) for value in thresholds),
+        ambiguity_margin=float(ambiguity_margin),
+        held_out=held_out,
+        summary=summary,
+    )
+
+
+def best_row_per_task(row_scores: FloatArray, row_task: NDArray[np.int64]) -> FloatArray:
+    """Scores of rows `[B, M]` to scores of tasks `[B, K]`; the rows of a task are contiguous."""
+    starts = np.flatnonzero(np.diff(row_task, prepend=-1))
+    best: FloatArray = np.maximum.reduceat(row_scores, starts, axis=1)
+    return best
+
+
+def digest(content: bytes) -> str:
+    """SHA-256 of an artifact, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    size = int.from_bytes(content[:8], "little")
+    metadata: dict[str, str] = json.loads(content[8 : 8 + size])["__metadata__"]
+    return metadata

@@ -1,0 +1,53 @@
+"""The index of task centroids. The only file that imports faiss."""
+
+from __future__ import annotations
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from router.interfaces import FloatArray
+
+
+class CentroidIndex:
+    """An exact inner-product index over a head's rows. Never changed once it is built.
+
+    Concurrent searches are safe because nothing ever mutates the index: a new catalog revision
+    gets a new one.
+    """
+
+    def __init__(self, rows: FloatArray, row_task: NDArray[np.int64]) -> None:
+        """Index `rows` `[M, E]`; row m belongs to task number `row_task[m]` `[M]`."""
+        self._row_task = row_task
+        tasks, counts = np.unique(row_task, return_counts=True)
+        self._tasks = len(tasks)
+        # How many rows must be asked for so that k different tasks are surely among them.
+        self._rows_before_kth_task = np.cumsum(np.sort(counts)[::-1])
+        self._index = faiss.IndexFlatIP(rows.shape[1])
+        self._index.add(np.ascontiguousarray(rows, dtype=np.float32))
+
+    def search(self, queries: FloatArray, k: int) -> tuple[FloatArray, NDArray[np.int64]]:
+        """The best `k` tasks for each query `[B, E]`: scores `[B, k]` and task numbers `[B, k]`.
+
+        A task scores as its best row. `k` must not exceed the number of tasks. Equal scores are
+        ordered by task number.
+        """
+        wanted = int(self._rows_before_kth_task[k - 2]) + 1 if k > 1 else 1
+        scores, rows = self._index.search(np.ascontiguousarray(queries, dtype=np.float32), wanted)
+        if self._tasks == len(self._row_task):
+            return scores, self._row_task[rows]
+        return _best_per_task(scores, self._row_task[rows], k)
+
+
+def _best_per_task(
+    scores: FloatArray, tasks: NDArray[np.int64], k: int
+) -> tuple[FloatArray, NDArray[np.int64]]:
+    """Keep each task's first (best) hit: `[B, N]` hits, best first -> `[B, k]`."""
+    best_scores = np.empty((len(scores), k), np.float32)
+    best_tasks = np.empty((len(scores), k), np.int64)
+    for row, row_tasks in enumerate(tasks):
+        _, first = np.unique(row_tasks, return_index=True)
+        first = np.sort(first)[:k]
+        best_scores[row] = scores[row, first]
+        best_tasks[row] = row_tasks[first]
+    return best_scores, best_tasks

@@ -1,0 +1,162 @@
+"""Loads what a catalog revision serves: head, records, prompts. Every file is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from router.artifacts import ArtifactReader
+from router.catalog import ARTIFACTS_FOLDER, HEADS_FOLDER, CatalogReader, CatalogRevision
+from router.compiling import compile_head
+from router.errors import CorruptArtifactError, IncompatibleModelError, PromptyardError
+from router.fitting import Background
+from router.head import Head, empty_head
+from router.interfaces import FloatArray
+from router.snapshot import Snapshot
+from router.statistics import PooledMoments, TaskStatistics
+from router.tasks import ServedTask, SoftPrompt, TaskKey, TaskRecord
+
+EMBEDDINGS_TENSOR = "embeddings"
+CLUSTERS_TENSOR = "clusters"
+PROMPT_TENSOR = "prompt_embeddings"
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModels:
+    """What the running models demand of a catalog. `base_model` is None where none is loaded."""
+
+    encoder: str
+    dimension: int
+    background: Background | None = field(default=None, repr=False)
+    base_model: str | None = None
+
+
+class SnapshotLoader:
+    """Loads snapshots from a home folder for one set of models."""
+
+    def __init__(self, home: Path, models: ServedModels) -> None:
+        self._artifacts = ArtifactReader(home / ARTIFACTS_FOLDER)
+        self._heads = ArtifactReader(home / HEADS_FOLDER)
+        self._models = models
+
+    def empty(self) -> Snapshot:
+        """The snapshot of a catalog in which nothing was registered yet."""
+        return Snapshot.build(0, empty_head(self._models.encoder, self._models.dimension), {})
+
+    def load(self, catalog: CatalogReader, revision: int, previous: Snapshot | None) -> Snapshot:
+        """The snapshot of `revision`. Tasks that did not change are taken over from `previous`.
+
+        A task whose prompt cannot be loaded is served without it, with the problem noted.
+
+        Raises:
+            IncompatibleModelError: the revision was made for another encoder.
+            CorruptArtifactError: the head is damaged and cannot be compiled again.
+        """
+        if revision == 0:
+            return self.empty()
+        about = catalog.revision(revision)
+        check_encoder(about.encoder, self._models.encoder)
+        live = catalog.live(revision)
+        known = previous.tasks if previous is not None else {}
+        tasks = {key.name: self._task(catalog, key, known) for key in live}
+        return Snapshot.build(revision, self._head(catalog, about, live), tasks)
+
+    def _task(
+        self, catalog: CatalogReader, key: TaskKey, known: Mapping[str, ServedTask]
+    ) -> ServedTask:
+        before = known.get(key.name)
+        if before is not None and before.record.key == key and not before.problem:
+            return before
+        record = catalog.record(key)
+        try:
+            return ServedTask(record, self._prompt(record))
+        except PromptyardError as error:
+            _log.warning("task out of service", task=str(key), problem=str(error))
+            return ServedTask(record, problem=str(error))
+
+    def _prompt(self, record: TaskRecord) -> SoftPrompt | None:
+        prompt = record.prompt
+        if prompt is None or self._models.base_model is None:
+            return None
+        if prompt.base_model != self._models.base_model:
+            raise IncompatibleModelError(
+                f"base model of {record.key}",
+                prompt.base_model_name,
+                "serve with that base model (--base-model), or tune the task again with --revise",
+            )
+        values = read_prompt(self._artifacts, record)
+        return SoftPrompt(values, prompt.base_model)
+
+    def _head(self, catalog: CatalogReader, about: CatalogRevision, live: list[TaskKey]) -> Head:
+        try:
+            head = Head.from_bytes(self._heads.read(about.head_sha256))
+            if list(head.tasks) != live or head.encoder != self._models.encoder:
+                raise CorruptArtifactError("compiled head", "other tasks", "publish again")
+            return head
+        except CorruptArtifactError as error:
+            # Heads are derived: old ones are pruned, and a damaged one is made again.
+            _log.warning("compiling the head again", revision=about.revision, problem=str(error))
+        pool = PooledMoments(self._models.dimension)
+        pool.update(read_statistics(self._artifacts, catalog.record(key)) for key in live)
+        return compile_head(
+            pool,
+            policy=about.policy,
+            encoder=self._models.encoder,
+            dimension=self._models.dimension,
+            background=self._models.background,
+        )
+
+
+def check_encoder(catalog: str, running: str) -> None:
+    """Refuse a catalog that was made for another encoder.
+
+    Raises:
+        IncompatibleModelError: the fingerprints differ.
+    """
+    if catalog != running:
+        raise IncompatibleModelError(
+            "encoder", running, f"this catalog was made with {catalog}; choose it with --encoder"
+        )
+
+
+def read_statistics(artifacts: ArtifactReader, record: TaskRecord) -> TaskStatistics:
+    """The stored rows of a task.
+
+    Raises:
+        CorruptArtifactError: missing, damaged or inconsistent.
+    """
+    digest = record.embeddings_sha256
+    embeddings = artifacts.read_tensor(digest, EMBEDDINGS_TENSOR, np.int16)
+    clusters = artifacts.read_tensor(digest, CLUSTERS_TENSOR, np.int16, width=1)[:, 0]
+    if not len(embeddings) or len(clusters) != len(embeddings) or int(clusters.min()) < 0:
+        raise CorruptArtifactError(
+            f"routing rows of {record.key}", "inconsistent", "register the task again"
+        )
+    return TaskStatistics(
+        record.key, cast("NDArray[np.int16]", embeddings), cast("NDArray[np.int16]", clusters)
+    )
+
+
+def read_prompt(artifacts: ArtifactReader, record: TaskRecord) -> FloatArray:
+    """The soft prompt `[P, H]` of a task that has one.
+
+    Raises:
+        CorruptArtifactError: missing, damaged or of another shape.
+    """
+    prompt = record.prompt
+    if prompt is None:
+        raise CorruptArtifactError(f"prompt of {record.key}", "none", "tune it with --revise")
+    values = artifacts.read_tensor(prompt.sha256, PROMPT_TENSOR, np.float32, prompt.hidden_size)
+    if len(values) != prompt.tokens:
+        raise CorruptArtifactError(
+            f"prompt of {record.key}", f"{len(values)} tokens, not {prompt.tokens}", "restore it"
+        )
+    return cast("FloatArray", values)

@@ -1,0 +1,227 @@
+"""The use case: decide which task a text belongs to, and answer under that task's prompt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+from router.answer import AnswerEvent, AnswerSummary, FinishReason
+from router.answering import Answerer, Question, with_context
+from router.batching import BatchLimits, MicroBatcher
+from router.decision import Decision, Outcome
+from router.errors import NoPromptError, TaskOutOfServiceError
+from router.interfaces import Embeddings, Encoder, Generation, PromptedInput
+from router.limits import Limits
+from router.snapshot import Snapshot
+from router.tasks import ServedTask, SoftPrompt
+
+
+class Live(Protocol):
+    """What is being served. `snapshot` may be another one at the next look: look once."""
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The snapshot of the catalog revision that is being served."""
+
+    @property
+    def newest_revision(self) -> int:
+        """The newest revision in the catalog."""
+
+    @property
+    def problem(self) -> str:
+        """Why the newest revision is not being served; empty where it is."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Question:
+    """One text in the encoder's queue, and the snapshot that its caller took."""
+
+    text: str
+    top_k: int
+    snapshot: Snapshot
+
+
+class Router:
+    """Routes texts and answers them. Belongs to one event loop; the models run in threads.
+
+    Every method checks its input, and may raise:
+        InvalidInputError: a field is malformed or over a limit.
+        OverloadedError: too much is waiting already.
+    """
+
+    def __init__(
+        self,
+        live: Live,
+        encoder: Encoder,
+        answerer: Answerer | None,
+        limits: Limits,
+        batch_limits: BatchLimits,
+    ) -> None:
+        self.live = live
+        self.encoder = encoder
+        self.answerer = answerer
+        self.limits = limits
+        self._batcher = MicroBatcher(
+            self._decide,
+            self._count_tokens,
+            batch_limits,
+            name="routing",
+            prepare_thread=_use_one_thread_for_arrays,
+        )
+
+    async def route(self, text: str, top_k: int = 0) -> Decision:
+        """The decision on one text."""
+        self.limits.check_text(text)
+        self.limits.check_top_k(top_k)
+        [decision] = await self._batcher.submit([_Question(text, top_k, self.live.snapshot)])
+        return decision
+
+    async def route_batch(self, texts: Sequence[str], top_k: int = 0) -> list[Decision]:
+        """One decision per text, all at one catalog revision."""
+        self.limits.check_texts(texts)
+        self.limits.check_top_k(top_k)
+        snapshot = self.live.snapshot
+        return await self._batcher.submit([_Question(text, top_k, snapshot) for text in texts])
+
+    async def generate(
+        self,
+        text: str,
+        *,
+        task: str = "",
+        context: Sequence[str] = (),
+        max_output_tokens: int = 0,
+        top_k: int = 0,
+    ) -> AsyncGenerator[AnswerEvent]:
+        """The decision, then the answer in pieces, then a summary, all of one catalog revision.
+
+        A named `task` skips routing: its decision has NaN for score and margin. The text alone is
+        routed; the base model reads `context` after it. Close the iterator to stop.
+
+        Raises:
+            TaskNotFoundError: the snapshot has no task of that name.
+            NoPromptError: the task has no prompt, or no base model is loaded.
+            TaskOutOfServiceError: the task's artifacts could not be loaded.
+        """
+        self.limits.check_text(text)
+        self.limits.check_context(context, text)
+        self.limits.check_top_k(top_k)
+        output_tokens = self.limits.output_tokens(max_output_tokens)
+        if self.answerer is None:
+            raise _no_base_model()
+        snapshot = self.live.snapshot
+        if task:
+            decision = _named(snapshot, task)
+        else:
+            [decision] = await self._batcher.submit([_Question(text, top_k, snapshot)])
+        yield decision
+        if decision.task is None:
+            yield AnswerSummary(FinishReason.NO_TASK)
+            return
+        served = snapshot.task(decision.task.name)
+        prompt = usable_prompt(served)
+        question = Question(
+            PromptedInput(with_context(text, context), prompt.values),
+            served.record.outputs,
+            output_tokens,
+        )
+        async with aclosing(self.answerer.answer(question)) as steps:
+            async for step in steps:
+                yield step if isinstance(step, str) else _summary(step, prompt)
+
+    def close(self) -> None:
+        """Wait for the batch that is running and end its thread."""
+        self._batcher.close()
+
+    def _count_tokens(self, questions: Sequence[_Question]) -> list[int]:
+        return self.encoder.count_tokens([question.text for question in questions])
+
+    def _decide(self, questions: Sequence[_Question]) -> list[Decision]:
+        """In the worker thread: encode the batch, and let each text's own snapshot decide."""
+        embeddings = self.encoder.encode([question.text for question in questions])
+        first = questions[0].snapshot
+        top_k = max(question.top_k for question in questions)
+        if all(question.snapshot is first for question in questions):
+            decisions = first.decide(embeddings, top_k)
+        else:
+            # The catalog changed while these texts were coming in.
+            decisions = [
+                question.snapshot.decide(_row(embeddings, position), top_k)[0]
+                for position, question in enumerate(questions)
+            ]
+        return [
+            _listing(decision, question.top_k)
+            for decision, question in zip(decisions, questions, strict=True)
+        ]
+
+
+def _use_one_thread_for_arrays() -> None:
+    """Keep numpy and FAISS from sharing out products that take 50 microseconds alone.
+
+    Their threads wait actively for one another: beside other load on 2 cores that made it 12 ms.
+    The OpenMP part is a setting of the calling thread, the BLAS part one of the process. Neither
+    touches the encoder, whose runtime has threads of its own.
+    """
+    threadpool_limits(1)
+
+
+def usable_prompt(task: ServedTask) -> SoftPrompt:
+    """The task's soft prompt.
+
+    Raises:
+        TaskOutOfServiceError: it could not be loaded.
+        NoPromptError: the task has none, or no base model is loaded to use it.
+    """
+    if task.problem:
+        raise TaskOutOfServiceError("task", f"{task.record.key} ({task.problem})", "see GetStatus")
+    if task.record.prompt is None:
+        raise NoPromptError(
+            "task",
+            f"{task.record.key} (only routed to)",
+            "register it again with --revise to give it a prompt",
+        )
+    if task.prompt is None:
+        raise _no_base_model()
+    return task.prompt
+
+
+def _no_base_model() -> NoPromptError:
+    return NoPromptError(
+        "base model", "none is loaded", "start the server with a base model to get answers"
+    )
+
+
+def _named(snapshot: Snapshot, name: str) -> Decision:
+    key = snapshot.task(name).record.key
+    threshold = snapshot.head.thresholds[snapshot.head.tasks.index(key)]
+    return Decision(
+        Outcome.MATCHED, key, math.nan, math.nan, threshold, snapshot.revision, truncated=False
+    )
+
+
+def _row(embeddings: Embeddings, position: int) -> Embeddings:
+    rows = slice(position, position + 1)
+    return Embeddings(embeddings.vectors[rows], embeddings.truncated[rows])
+
+
+def _listing(decision: Decision, top_k: int) -> Decision:
+    """`decision` with `top_k` candidates: its batch may have asked for more."""
+    if len(decision.candidates) <= top_k:
+        return decision
+    return replace(decision, candidates=decision.candidates[:top_k])
+
+
+def _summary(generation: Generation, prompt: SoftPrompt) -> AnswerSummary:
+    # A row that was cancelled has nobody left to read this; LENGTH is then as good as any.
+    reasons = {"stop": FinishReason.STOP, "label": FinishReason.LABEL}
+    return AnswerSummary(
+        reasons.get(generation.finish_reason, FinishReason.LENGTH),
+        generation.input_tokens,
+        len(prompt.values),
+        generation.output_tokens,
+        generation.truncated,
+    )

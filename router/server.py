@@ -1,0 +1,119 @@
+"""The gRPC server: ports, services, health, reflection and shutdown."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+
+import structlog
+from grpc import aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from router.edge import Edge
+from router.errors import InvalidInputError
+from router.routing import Router
+from router.servicers import RouterServicer, ServerFacts, TaskServicer
+from router.settings import ServerSettings
+from router.v1 import router_service_pb2, task_service_pb2
+
+_ROUTER = router_service_pb2.DESCRIPTOR.services_by_name["RouterService"]
+_TASKS = task_service_pb2.DESCRIPTOR.services_by_name["TaskService"]
+# The empty name is the server's overall health. A task that is out of service does not change it.
+_HEALTH_NAMES = ("", _ROUTER.full_name, _TASKS.full_name)
+
+# Up to this many times the limit of a request, our own error answers a message that is too large.
+# Beyond it gRPC refuses the message unread, without details.
+_TRANSPORT_SLACK = 2
+_KEEPALIVE_SECONDS = 30
+_MIN_CLIENT_PING_SECONDS = 10
+
+_log = structlog.get_logger(__name__)
+
+
+class RouterServer:
+    """Serves a `Router` on one address. Belongs to the event loop that starts it."""
+
+    def __init__(self, router: Router, settings: ServerSettings, version: str) -> None:
+        self._router = router
+        self._settings = settings
+        self._version = version
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._server: aio.Server | None = None
+
+    async def start(self) -> str:
+        """Begin to serve; returns the address, with the real port where port 0 was asked for.
+
+        Raises:
+            InvalidInputError: the address cannot be listened on.
+        """
+        settings = self._settings
+        self._server = server = aio.server(options=_options(settings.limits.max_request_bytes))
+        edge = Edge(settings.max_calls, settings.limits.max_request_bytes)
+        facts = ServerFacts(self._version, datetime.now(UTC))
+        server.add_generic_rpc_handlers(
+            (
+                edge.handlers(_ROUTER, RouterServicer(self._router, facts)),
+                edge.handlers(_TASKS, TaskServicer(self._router)),
+            )
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection(
+            (_ROUTER.full_name, _TASKS.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME),
+            server,
+        )
+        try:
+            port = server.add_insecure_port(settings.listen)
+        except RuntimeError:
+            raise InvalidInputError(
+                "listen", settings.listen, "choose a free port and an address of this machine"
+            ) from None
+        await server.start()
+        for name in _HEALTH_NAMES:
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        return f"{settings.listen.rpartition(':')[0]}:{port}"
+
+    async def stop(self) -> None:
+        """Report NOT_SERVING, refuse new calls, and let the running ones finish."""
+        await self._health.enter_graceful_shutdown()
+        if self._server is not None:
+            await self._server.stop(self._settings.shutdown_seconds)
+
+    async def run(self, announce: Callable[[str], None]) -> None:
+        """Serve until SIGTERM or SIGINT. One line is announced when calls can come."""
+        with _stop_signals() as stop:
+            address = await self.start()
+            snapshot = self._router.live.snapshot
+            announce(
+                f"listening on {address}, revision {snapshot.revision}, {len(snapshot.tasks)} tasks"
+            )
+            await stop.wait()
+            _log.info("stopping")
+            await self.stop()
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[asyncio.Event]:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    signals = (signal.SIGTERM, signal.SIGINT)
+    for number in signals:
+        loop.add_signal_handler(number, stop.set)
+    try:
+        yield stop
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)
+
+
+def _options(max_request_bytes: int) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", max_request_bytes * _TRANSPORT_SLACK),
+        ("grpc.keepalive_time_ms", _KEEPALIVE_SECONDS * 1000),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", _MIN_CLIENT_PING_SECONDS * 1000),
+        # Otherwise a second server would share the port in silence and get half of the calls.
+        ("grpc.so_reuseport", 0),
+    ]

@@ -1,0 +1,60 @@
+"""The server's settings: one frozen value, made once by whoever starts it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from router.batching import BatchLimits
+from router.errors import InvalidInputError
+from router.limits import Limits
+
+DEFAULT_LISTEN = "127.0.0.1:50051"
+DEFAULT_ENCODER = "all-MiniLM-L6-v2"
+DEFAULT_BASE_MODEL = str(Path(__file__).parent / "models" / "base")
+
+# A batch of the embedded encoder takes about 25 ms, one of the embedded base model about 100.
+ROUTING_BATCHES = BatchLimits(queue_items=1024, batch_items=32, batch_tokens=4096)
+ANSWER_BATCHES = BatchLimits(queue_items=128, batch_items=16, batch_tokens=4096)
+
+# HOST:PORT, where an IPv6 host stands in brackets.
+_ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):(\d{1,5})")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """How a server is set up.
+
+    `encoder` and `base_model` are names or folders; without `base_model` the server only routes.
+    A device is `cpu`, `cuda` or `auto`. Times are in seconds.
+    """
+
+    home: Path
+    listen: str = DEFAULT_LISTEN
+    encoder: str = DEFAULT_ENCODER
+    base_model: str | None = DEFAULT_BASE_MODEL
+    encoder_device: str = "auto"
+    encoder_threads: int = 2
+    base_model_device: str = "auto"
+    base_model_threads: int = 2
+    poll_seconds: float = 0.25
+    shutdown_seconds: float = 10.0
+    max_calls: int = 1000
+    limits: Limits = field(default_factory=Limits)
+    routing_batches: BatchLimits = ROUTING_BATCHES
+    answer_batches: BatchLimits = ANSWER_BATCHES
+
+    def __post_init__(self) -> None:
+        """Raises InvalidInputError: a value that no server could work with."""
+        address = _ADDRESS.fullmatch(self.listen)
+        if address is None or int(address[1]) > 65535:
+            raise InvalidInputError(
+                "listen", self.listen, "give HOST:PORT, e.g. 127.0.0.1:50051 (port 0: any)"
+            )
+        if self.routing_batches.queue_items < self.limits.max_batch_texts:
+            raise InvalidInputError(
+                "routing_batches.queue_items",
+                self.routing_batches.queue_items,
+                f"let the queue hold a whole batch of {self.limits.max_batch_texts} texts",
+            )

@@ -1,0 +1,250 @@
+"""Stand-ins for the models, and small real snapshots, for tests of everything around them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from router.answering import Answerer
+from router.head import Head
+from router.interfaces import (
+    Embeddings,
+    FinishReason,
+    FloatArray,
+    Generation,
+    PromptedInput,
+)
+from router.routing import Router
+from router.server import RouterServer
+from router.settings import ServerSettings
+from router.snapshot import Snapshot
+from router.tasks import DataSummary, PromptSummary, ServedTask, SoftPrompt, TaskRecord
+
+DIMENSION = 4096
+HIDDEN_SIZE = 8
+PROMPT_TOKENS = 4
+WINDOW_WORDS = 256
+BASE_MODEL = "fake-base-fingerprint"
+
+TASKS = {
+    "weather": ("sun", "rain", "snow"),
+    "sport": ("goal", "match", "team"),
+    "story": None,
+}
+"""Tasks of `make_snapshot`: the outputs, or None for free text. A task's name is its centroid."""
+
+
+class FakeEncoder:
+    """Words hash to dimensions; texts that share a word are close. Records its batches.
+
+    `blocked` holds every `encode` back until it is set; `broken` is raised instead of encoding.
+    """
+
+    name = "fake-encoder"
+    fingerprint = "fake-encoder:1"
+    dimension = DIMENSION
+
+    def __init__(self) -> None:
+        self.batches: list[list[str]] = []
+        self.threads: set[str] = set()
+        self.blocked = threading.Event()
+        self.blocked.set()
+        self.broken: Exception | None = None
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """One token a word, at most the window."""
+        return [min(len(text.split()), WINDOW_WORDS) for text in texts]
+
+    def encode(self, texts: Sequence[str]) -> Embeddings:
+        """Unit vectors of word counts."""
+        self.batches.append(list(texts))
+        self.threads.add(threading.current_thread().name)
+        assert self.blocked.wait(20)
+        if self.broken is not None:
+            raise self.broken
+        vectors = np.zeros((len(texts), DIMENSION), np.float32)
+        for row, text in enumerate(texts):
+            for word in text.lower().split()[:WINDOW_WORDS]:
+                vectors[row, zlib.crc32(word.encode()) % DIMENSION] += 1
+        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-6)
+        truncated = np.array([len(text.split()) > WINDOW_WORDS for text in texts], np.bool_)
+        return Embeddings(vectors, truncated)
+
+
+class FakeLanguageModel:
+    """Scores the outputs that occur in the text best; generates the text's words, one a step.
+
+    `blocked` holds every batch back until it is set; where `slow` is set, `steps` must be released
+    once for every step of generation.
+    """
+
+    name = "fake-base"
+    fingerprint = BASE_MODEL
+    hidden_size = HIDDEN_SIZE
+
+    def __init__(self, *, slow: bool = False) -> None:
+        self.batches: list[list[PromptedInput]] = []
+        self.blocked = threading.Event()
+        self.blocked.set()
+        self.slow = slow
+        self.steps = threading.Semaphore(0)
+        self.stopped_rows: list[str] = []
+
+    def score(
+        self, inputs: Sequence[PromptedInput], outputs: Sequence[Sequence[str]]
+    ) -> list[FloatArray]:
+        """0 for an output that occurs in the text, -1 for the others."""
+        self._begin(inputs)
+        return [
+            np.array([0.0 if label in item.text else -1.0 for label in labels], np.float32)
+            for item, labels in zip(inputs, outputs, strict=True)
+        ]
+
+    def generate(
+        self,
+        inputs: Sequence[PromptedInput],
+        max_new_tokens: int,
+        on_piece: Callable[[int, str], None] | None = None,
+        cancelled: Callable[[int], bool] | None = None,
+    ) -> list[Generation]:
+        """The words of each text in capitals, until they end or `max_new_tokens`."""
+        self._begin(inputs)
+        words = [item.text.upper().split() for item in inputs]
+        written: list[list[str]] = [[] for _ in inputs]
+        reasons: list[FinishReason] = ["stop"] * len(inputs)
+        running = set(range(len(inputs)))
+        while running:
+            if self.slow:
+                assert self.steps.acquire(timeout=20)
+            for row in sorted(running):
+                if cancelled is not None and cancelled(row):
+                    reasons[row] = "cancelled"
+                    self.stopped_rows.append(inputs[row].text)
+                elif len(written[row]) == max_new_tokens:
+                    reasons[row] = "length"
+                elif len(written[row]) < len(words[row]):
+                    written[row].append(f"{words[row][len(written[row])]} ")
+                    if on_piece is not None:
+                        on_piece(row, written[row][-1])
+                    continue
+                running.discard(row)
+        return [
+            Generation("".join(pieces), reason, len(all_words), len(pieces), truncated=False)
+            for pieces, reason, all_words in zip(written, reasons, words, strict=True)
+        ]
+
+    def _begin(self, inputs: Sequence[PromptedInput]) -> None:
+        self.batches.append(list(inputs))
+        assert self.blocked.wait(20)
+
+
+class FixedLive:
+    """Serves the snapshot that it is given."""
+
+    def __init__(self, snapshot: Snapshot, newest_revision: int = 0, problem: str = "") -> None:
+        self.snapshot = snapshot
+        self.newest_revision = newest_revision or snapshot.revision
+        self.problem = problem
+
+
+def make_task(name: str, outputs: tuple[str, ...] | None, number: int = 0) -> ServedTask:
+    """A task with a prompt `[4, 8]` that is filled with its number."""
+    record = TaskRecord(
+        name=name,
+        revision=1,
+        created_at="2026-11-24T01:02:03.456+00:00",
+        description=f"all about {name}",
+        instruction=f"say something about {name}",
+        outputs=outputs,
+        data=DataSummary("d" * 64, rows=80, train_rows=64, validation_rows=16),
+        encoder=FakeEncoder.fingerprint,
+        embeddings_sha256="e" * 64,
+        prompt=PromptSummary(
+            sha256="f" * 64,
+            tokens=PROMPT_TOKENS,
+            hidden_size=HIDDEN_SIZE,
+            base_model=BASE_MODEL,
+            base_model_name="fake-base",
+            metric="accuracy",
+            scores={"prompt": 0.75, "majority": 0.5},
+            settings={},
+            steps=10,
+            seconds=1.0,
+        ),
+    )
+    values = np.full((PROMPT_TOKENS, HIDDEN_SIZE), number, np.float32)
+    return ServedTask(record, SoftPrompt(values, BASE_MODEL))
+
+
+def without_prompt(task: ServedTask) -> ServedTask:
+    """The same task, only routed to."""
+    return ServedTask(replace(task.record, prompt=None))
+
+
+def make_snapshot(revision: int = 3, tasks: Sequence[ServedTask] = ()) -> Snapshot:
+    """A real snapshot of `tasks` (default: TASKS). A text fits the tasks whose names are in it."""
+    served = list(tasks) or [make_task(name, TASKS[name], n) for n, name in enumerate(TASKS)]
+    centroids = FakeEncoder().encode([task.record.name for task in served]).vectors
+    head = Head(
+        kind="nearest-mean",
+        encoder=FakeEncoder.fingerprint,
+        tasks=tuple(task.record.key for task in served),
+        rows=np.concatenate([centroids, np.zeros((len(served), 1), np.float32)], axis=1),
+        row_task=np.arange(len(served)),
+        thresholds=(0.3,) * len(served),
+        ambiguity_margin=0.05,
+        center=np.zeros(DIMENSION, np.float32),
+        background=None,
+        held_out=np.zeros(0, np.int32),
+        summary={},
+    )
+    return Snapshot.build(revision, head, {task.record.name: task for task in served})
+
+
+def make_router(
+    encoder: FakeEncoder | None = None,
+    model: FakeLanguageModel | None = None,
+    live: FixedLive | None = None,
+    settings: ServerSettings | None = None,
+) -> Router:
+    """A router over fakes. Without `model` it only routes."""
+    settings = settings or make_settings()
+    return Router(
+        live or FixedLive(make_snapshot()),
+        encoder or FakeEncoder(),
+        Answerer(model, settings.answer_batches) if model is not None else None,
+        settings.limits,
+        settings.routing_batches,
+    )
+
+
+def make_settings(**changes: Any) -> ServerSettings:
+    """Settings for a server on any free port."""
+    return replace(ServerSettings(home=Path("unused"), listen="127.0.0.1:0"), **changes)
+
+
+@contextlib.contextmanager
+def running_server(router: Router, settings: ServerSettings | None = None) -> Iterator[str]:
+    """A real server on a real port, in a thread with an event loop of its own."""
+    server = RouterServer(router, settings or make_settings(), version="1.2.3")
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="server-loop")
+    thread.start()
+    try:
+        yield asyncio.run_coroutine_threadsafe(server.start(), loop).result(10)
+    finally:
+        asyncio.run_coroutine_threadsafe(server.stop(), loop).result(20)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+        loop.close()
+        router.close()
+        if router.answerer is not None:
+            router.answerer.close()

@@ -1,0 +1,150 @@
+"""Small base models with random weights and a tokenizer of their own, saved as real folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers.normalizers import BertNormalizer
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+KINDS = ("bart", "t5", "gpt2", "llama")
+
+_TEXTS = [
+    "the quick brown fox jumps over the lazy dog and runs away from the river",
+    "a good film with a bad end, a bad book with a good start, isn't it?",
+    "positive negative neutral urgent routine news sport café naïve 日本語 🙂",
+]
+_SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
+
+
+def save_small_model(kind: str, folder: Path, *, window: int = 64) -> Path:
+    """Write a model of that kind (about 50,000 random weights) and its tokenizer to `folder`."""
+    torch.manual_seed(7)
+    tokenizer = _word_pieces() if kind == "bart" else _byte_pairs(kind)
+    _network(kind, len(tokenizer), window).save_pretrained(folder)
+    tokenizer.model_max_length = window
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _network(kind: str, vocabulary: int, window: int) -> PreTrainedModel:
+    # Weights far from zero: the greedy answers of rows differ, and so do their scores.
+    if kind == "bart":
+        return BartForConditionalGeneration(
+            BartConfig(
+                vocab_size=vocabulary,
+                d_model=32,
+                encoder_layers=2,
+                decoder_layers=2,
+                encoder_attention_heads=4,
+                decoder_attention_heads=4,
+                encoder_ffn_dim=64,
+                decoder_ffn_dim=64,
+                max_position_embeddings=window,
+                init_std=0.3,
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=2,
+                decoder_start_token_id=1,
+                forced_eos_token_id=None,
+            )
+        )
+    if kind == "t5":
+        return T5ForConditionalGeneration(
+            T5Config(  # type: ignore[call-arg]
+                vocab_size=vocabulary,
+                d_model=32,
+                d_kv=8,
+                d_ff=64,
+                num_layers=2,
+                num_heads=4,
+                initializer_factor=3.0,
+                pad_token_id=0,
+                eos_token_id=2,
+                decoder_start_token_id=0,
+            )
+        )
+    if kind == "gpt2":
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=vocabulary,
+                n_positions=window,
+                n_embd=32,
+                n_layer=2,
+                n_head=4,
+                initializer_range=0.3,
+                bos_token_id=2,
+                eos_token_id=2,
+            )
+        )
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=window,
+            initializer_range=0.3,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+
+
+def _byte_pairs(kind: str) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=_SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_TEXTS, trainer)
+    layout = {"t5": "$A </s>", "llama": "<s> $A"}.get(kind)
+    if layout is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=layout, special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
+    named = {} if kind == "gpt2" else {"pad_token": "<pad>", "bos_token": "<s>"}
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, eos_token="</s>", **named
+    )
+
+
+def _word_pieces() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
+    tokenizer.normalizer = BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=200, special_tokens=_SPECIAL, show_progress=False
+    )
+    tokenizer.train_from_iterator(_TEXTS, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        cls_token="<s>",
+        sep_token="</s>",
+    )

@@ -1,0 +1,304 @@
+"""Tuning: only the prompts move, tasks do not disturb each other, and the result is kept."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from router.backends.language_model import load_language_model
+from router.backends.rows import Row
+from router.backends.seq2seq import Seq2SeqLanguageModel
+from router.backends.torch_model import TorchLanguageModel
+from router.errors import IncompatibleModelError, InvalidInputError
+from router.interfaces import Generation, PromptedInput
+from tests.fakes import FakeLanguageModel
+from tests.unit.small_models import KINDS, save_small_model
+from trainer.prompt_quality import Quality, Trial, majority_score, measure, same_text
+from trainer.tuning import TunedPrompt, TuningFailure, TuningJob, TuningSettings, tune
+
+WORDS = ("fox", "dog", "river", "book", "film", "end", "start")
+SENTIMENT = TuningJob(
+    "sentiment",
+    "is it a good film",
+    ("negative", "positive"),
+    tuple(
+        (f"a {mood} {word} {k}", output)
+        for mood, output in (("good", "positive"), ("bad", "negative"))
+        for k, word in enumerate(WORDS)
+    ),
+    tuple(
+        (f"the {mood} {word}", output)
+        for mood, output in (("good", "positive"), ("bad", "negative"))
+        for word in WORDS[:3]
+    ),
+)
+URGENCY = TuningJob(
+    "urgency",
+    "is it urgent",
+    ("routine", "urgent"),
+    tuple((f"{word} runs away {k}", "urgent") for k, word in enumerate(WORDS * 2)),
+    tuple((f"the {word} runs", "urgent") for word in WORDS[:4]),
+)
+COPY = TuningJob(
+    "copy",
+    "say the word",
+    None,
+    tuple((f"the {word} and {k}", word) for k, word in enumerate(WORDS)),
+    tuple((f"a {word}", word) for word in WORDS[:3]),
+)
+QUICK = TuningSettings(
+    length=6, learning_rate=0.1, steps=20, rows_per_step=8, validations=4, patience=99
+)
+EMBEDDED_BASE = Path(__file__).parents[2] / "router" / "models" / "base"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {kind: save_small_model(kind, root / kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def any_model(request: pytest.FixtureRequest, folders: dict[str, Path]) -> TorchLanguageModel:
+    return load_language_model(folders[request.param], device="cpu", threads=1)
+
+
+@pytest.fixture(scope="module")
+def model(folders: dict[str, Path]) -> TorchLanguageModel:
+    return load_language_model(folders["bart"], device="cpu", threads=1)
+
+
+def tuned(
+    model: TorchLanguageModel, jobs: Sequence[TuningJob], settings: TuningSettings = QUICK
+) -> dict[str, TunedPrompt]:
+    results = tune(model, jobs, settings)
+    assert [result for result in results.values() if isinstance(result, TuningFailure)] == []
+    return {name: result for name, result in results.items() if isinstance(result, TunedPrompt)}
+
+
+def weights_digest(model: TorchLanguageModel) -> str:
+    state = model.network.state_dict()
+    return hashlib.sha256(b"".join(state[k].numpy().tobytes() for k in sorted(state))).hexdigest()
+
+
+def test_tuning_lowers_the_loss_on_every_architecture(any_model: TorchLanguageModel) -> None:
+    result = tuned(any_model, [SENTIMENT])["sentiment"]
+    assert result.values.shape == (6, any_model.hidden_size)
+    assert result.values.dtype == np.float32
+    assert result.steps == len(result.losses) == QUICK.steps
+    assert np.mean(result.losses[-3:]) < np.mean(result.losses[:3]) - 1
+    assert set(result.scores) == {"prompt", "majority", "no_prompt", "instruction"}
+    assert result.seconds > 0
+
+
+def test_the_base_models_weights_do_not_change(any_model: TorchLanguageModel) -> None:
+    before = weights_digest(any_model)
+    tuned(any_model, [SENTIMENT, COPY], replace(QUICK, steps=3))
+    assert weights_digest(any_model) == before
+    assert all(weights.grad is None for weights in any_model.network.parameters())
+
+
+def test_a_tuned_prompt_serves_as_it_was_measured(model: TorchLanguageModel) -> None:
+    result = tuned(model, [SENTIMENT])["sentiment"]
+    labels = SENTIMENT.labels or ()
+    rows = [PromptedInput(text, result.values) for text, _ in SENTIMENT.validation]
+    scores = model.score(rows, [labels] * len(rows))
+    answers = [labels[int(row.argmax())] for row in scores]
+    right = [
+        answer == output for answer, (_, output) in zip(answers, SENTIMENT.validation, strict=True)
+    ]
+    assert float(np.mean(right)) == result.scores["prompt"]
+
+
+def test_a_task_is_tuned_alone_as_it_is_beside_others(model: TorchLanguageModel) -> None:
+    alone = tuned(model, [SENTIMENT], replace(QUICK, steps=4))["sentiment"]
+    beside = tuned(model, [URGENCY, SENTIMENT, COPY], replace(QUICK, steps=4))["sentiment"]
+    # The same rows in the same order; only rounding (to bfloat16, on some CPUs) differs.
+    np.testing.assert_allclose(beside.losses, alone.losses, rtol=0.02)
+
+
+def test_prompts_that_exist_already_do_not_change(model: TorchLanguageModel) -> None:
+    first = tuned(model, [SENTIMENT], replace(QUICK, steps=3))["sentiment"]
+    before = first.values.tobytes()
+    tuned(model, [URGENCY, COPY], replace(QUICK, steps=3))
+    assert first.values.tobytes() == before
+
+
+def test_the_same_seed_gives_identical_prompts(model: TorchLanguageModel) -> None:
+    one, two = (tuned(model, [SENTIMENT, URGENCY]) for _ in range(2))
+    for name in one:
+        assert one[name].values.tobytes() == two[name].values.tobytes()
+        assert one[name].losses == two[name].losses
+    other = tuned(model, [SENTIMENT], replace(QUICK, seed=1))["sentiment"]
+    assert other.losses != one["sentiment"].losses
+
+
+def test_the_best_prompt_is_kept_and_not_the_last(model: TorchLanguageModel) -> None:
+    # A rate far too high: whatever comes after the start is worse.
+    wild = replace(QUICK, learning_rate=1e6, steps=4, validations=4)
+    result = tuned(model, [SENTIMENT], wild)["sentiment"]
+    start = model.text_embeddings("is it a good film negative positive", 6)
+    best, begin = measure(
+        model,
+        [
+            Trial(torch.tensor(result.values), SENTIMENT.labels, SENTIMENT.validation),
+            Trial(start, SENTIMENT.labels, SENTIMENT.validation),
+        ],
+    )
+    assert best >= begin
+    assert best == Quality(result.scores["prompt"], -result.validation_loss)
+
+
+def with_class(model: TorchLanguageModel, kind: type[Seq2SeqLanguageModel]) -> Seq2SeqLanguageModel:
+    return kind(model.network, model.tokenizer, name=model.name, fingerprint=model.fingerprint)
+
+
+class StuckModel(Seq2SeqLanguageModel):
+    """Gives no gradient for rows whose output is `urgent`."""
+
+    def negative_log_likelihood(
+        self, rows: Sequence[Row], outputs: Sequence[Sequence[int]]
+    ) -> Tensor:
+        moving = [tuple(ids) != self.tokenize_output("urgent") for ids in outputs]
+        return super().negative_log_likelihood(rows, outputs) * torch.tensor(moving)
+
+
+def test_a_task_without_progress_stops_and_the_others_go_on(model: TorchLanguageModel) -> None:
+    settings = replace(QUICK, steps=16, validations=8, patience=2)
+    results = tuned(with_class(model, StuckModel), [URGENCY, COPY], settings)
+    assert results["urgency"].steps == 4
+    assert results["copy"].steps > 4
+
+
+class PoisonedModel(Seq2SeqLanguageModel):
+    """Its loss is not a number for rows whose output is `urgent`."""
+
+    def negative_log_likelihood(
+        self, rows: Sequence[Row], outputs: Sequence[Sequence[int]]
+    ) -> Tensor:
+        poisoned = [
+            float("nan") if tuple(ids) == self.tokenize_output("urgent") else 1.0 for ids in outputs
+        ]
+        return super().negative_log_likelihood(rows, outputs) * torch.tensor(poisoned)
+
+
+def test_a_loss_that_is_not_finite_fails_its_own_task_only(model: TorchLanguageModel) -> None:
+    poisoned = with_class(model, PoisonedModel)
+    results = tune(poisoned, [SENTIMENT, URGENCY], QUICK)
+    failure = results["urgency"]
+    assert isinstance(failure, TuningFailure)
+    assert "not finite at step 1" in failure.reason
+    assert failure.remedy
+    survivor = results["sentiment"]
+    assert isinstance(survivor, TunedPrompt)
+    assert np.isfinite(survivor.values).all()
+    assert survivor.steps == QUICK.steps
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        (replace(COPY, name="broken", train=()), "train rows"),
+        (replace(COPY, name="broken", validation=()), "validation rows"),
+        (replace(COPY, name="broken", train=(("fox", "dog " * 100),)), "output"),
+        (replace(SENTIMENT, name="broken", validation=(("fox", "maybe"),)), "validation rows"),
+        (replace(COPY, name="broken", instruction=" "), "prompt text"),
+    ],
+)
+def test_a_job_that_cannot_be_tuned_leaves_the_others(
+    model: TorchLanguageModel, broken: TuningJob, reason: str
+) -> None:
+    results = tune(model, [broken, SENTIMENT], replace(QUICK, steps=2))
+    failure = results["broken"]
+    assert isinstance(failure, TuningFailure)
+    assert reason in failure.reason
+    assert isinstance(results["sentiment"], TunedPrompt)
+
+
+def test_a_prompt_longer_than_the_window_fails_with_a_remedy(model: TorchLanguageModel) -> None:
+    failure = tune(model, [SENTIMENT], replace(QUICK, length=500))["sentiment"]
+    assert isinstance(failure, TuningFailure)
+    assert "shorter prompt" in failure.remedy
+
+
+@pytest.mark.parametrize("kind", ["text", "vocabulary", "random"])
+def test_every_initialisation_can_be_tuned(model: TorchLanguageModel, kind: str) -> None:
+    settings = replace(QUICK, steps=2, initialisation=kind)  # type: ignore[arg-type]
+    assert tuned(model, [SENTIMENT], settings)["sentiment"].values.shape[0] == QUICK.length
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"length": 0},
+        {"steps": 0},
+        {"rows_per_step": 0},
+        {"learning_rate": 0.0},
+        {"learning_rate": float("nan")},
+        {"warmup_steps": -1},
+        {"patience": 0},
+        {"initialisation": "magic"},
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(
+    model: TorchLanguageModel, changes: dict[str, float]
+) -> None:
+    with pytest.raises(InvalidInputError):
+        tune(model, [SENTIMENT], replace(QUICK, **changes))  # type: ignore[arg-type]
+
+
+def test_two_jobs_of_one_name_are_refused(model: TorchLanguageModel) -> None:
+    with pytest.raises(InvalidInputError, match="every task once"):
+        tune(model, [SENTIMENT, SENTIMENT], QUICK)
+
+
+def test_a_model_without_gradients_is_refused() -> None:
+    with pytest.raises(IncompatibleModelError, match="Hugging Face"):
+        tune(FakeLanguageModel(), [SENTIMENT], QUICK)
+
+
+def test_progress_counts_the_steps(model: TorchLanguageModel) -> None:
+    seen: list[tuple[str, str, int, int]] = []
+    tune(model, [SENTIMENT], replace(QUICK, steps=3), lambda *step: seen.append(step))
+    assert seen == [("", "tune", step, 3) for step in (1, 2, 3)]
+
+
+class CannedModel(Seq2SeqLanguageModel):
+    """Answers `Fox` to everything."""
+
+    def generate(
+        self,
+        inputs: Sequence[PromptedInput],
+        max_new_tokens: int,
+        on_piece: Callable[[int, str], None] | None = None,
+        cancelled: Callable[[int], bool] | None = None,
+    ) -> list[Generation]:
+        return [Generation("Fox", "stop", 1, 1, truncated=False) for _ in inputs]
+
+
+def test_free_text_is_measured_by_exact_match(model: TorchLanguageModel) -> None:
+    rows = (("a fox", "fox"), ("the fox", " fox "), ("a dog", "dog"), ("a cat", "a fox"))
+    quality = measure(with_class(model, CannedModel), [Trial(None, None, rows)])[0]
+    assert quality.score == 0.5
+
+
+def test_answers_are_compared_without_case_and_white_space() -> None:
+    assert same_text("Stoke - on - Trent ", "stoke-on-trent")
+    assert not same_text("negative", "positive")
+
+
+def test_the_majority_score_counts_the_most_frequent_train_output() -> None:
+    train = [("a", "x"), ("b", "x"), ("c", "y")]
+    assert majority_score(train, [("d", "x"), ("e", "y"), ("f", "x"), ("g", "z")]) == 0.5
+
+
+def test_equal_scores_are_decided_by_the_loss() -> None:
+    assert Quality(0.5, -1.0) > Quality(0.5, -2.0)
+    assert Quality(0.6, -9.0) > Quality(0.5, -1.0)

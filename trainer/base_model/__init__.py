@@ -1,0 +1,1 @@
+"""Trains the embedded base model that ships in `router/models/base`."""

@@ -1,0 +1,217 @@
+"""Trains the embedded base model and writes it as a standard Hugging Face folder.
+
+    python -m trainer.base_model.train PREPARED_DIR OUT_DIR --minutes 5
+
+What makes the model steerable is that the prompt slot is trained as one: in most rows it holds
+vectors that belong to the row's training task and are learned with the weights, in the others the
+task's instruction as text, or nothing. The vectors are thrown away afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+from transformers import BartForConditionalGeneration
+
+from trainer.base_model.batches import LONGEST_PROMPT, Batch, SlotShares, TrainingRows
+from trainer.base_model.evaluate import Tuning, measure
+from trainer.base_model.start import (
+    PAD,
+    base_from_minilm,
+    largest_difference_to_minilm,
+    save_base,
+)
+
+FAMILY_SHARES = {
+    "written": 0.20,
+    "verification": 0.13,
+    "choice": 0.09,
+    "entailment": 0.17,
+    "intents": 0.10,
+    "pairs": 0.11,
+    "semantics": 0.10,
+    "copying": 0.06,
+    "rewriting": 0.04,
+}
+"""A family's share of the training rows."""
+
+_LEARNING_RATES = {"encoder": 2e-4, "decoder": 8e-4, "prompts": 5e-3}
+_WARM_UP_STEPS = 200
+_UNTIMED_STEPS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a training run can be told."""
+
+    minutes: float
+    batch_tokens: int = 65536
+    dropout: float = 0.1
+    learning_rate: float = 1.0
+    """A factor on all learning rates."""
+    compiled: bool = False
+    most_steps: int | None = None
+    seed: int = 0
+
+
+class PromptedModel(nn.Module):
+    """The base model together with the training tasks' prompt vectors.
+
+    Args:
+        model: The base model.
+        instructions: A task's instruction as token ids; its vectors begin as these embeddings.
+    """
+
+    def __init__(self, model: BartForConditionalGeneration, instructions: list[list[int]]) -> None:
+        super().__init__()
+        self.base = model
+        first = [((ids or [PAD]) * LONGEST_PROMPT)[:LONGEST_PROMPT] for ids in instructions]
+        embedded = model.model.shared.weight.detach()[torch.tensor(first).flatten()]
+        self.prompts = nn.Embedding(len(embedded), embedded.shape[1], _weight=embedded.clone())
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The mean loss of the batch's output tokens."""
+        shared = self.base.model.shared
+        vectors = self.prompts(batch.vectors.clamp(min=0))
+        is_vector = (batch.vectors >= 0)[:, :, None]
+        states = self.base.model(
+            inputs_embeds=torch.where(is_vector, vectors, shared(batch.tokens)),
+            attention_mask=batch.mask,
+            decoder_input_ids=batch.decoder,
+            use_cache=False,
+        ).last_hidden_state
+        # most output positions are padding: the vocabulary is only scored where a token is wanted
+        wanted = batch.labels >= 0
+        logits = functional.linear(states[wanted], shared.weight)
+        return functional.cross_entropy(logits.float(), batch.labels[wanted])
+
+
+def train(
+    model: BartForConditionalGeneration,
+    rows: TrainingRows,
+    settings: Settings,
+    device: torch.device,
+) -> None:
+    """Train all weights for the given time; the learning rate falls to 0 as the time runs out."""
+    prompted = PromptedModel(model, rows.instructions).to(device).train()
+    if settings.compiled:
+        torch._dynamo.config.recompile_limit = 32
+        for layer in [*model.model.encoder.layers, *model.model.decoder.layers]:
+            layer.compile()
+    optimizer = _optimizer(prompted, device)
+    rates = [group["lr"] * settings.learning_rate for group in optimizer.param_groups]
+    losses: list[Tensor] = []
+    step, tokens, started = 0, 0, time.monotonic()
+    while True:
+        if step == _UNTIMED_STEPS:  # until here, kernels are compiled
+            _wait_for(device)
+            started = time.monotonic()
+        seconds = time.monotonic() - started if step >= _UNTIMED_STEPS else 0.0
+        done = seconds / (60 * settings.minutes)
+        if settings.most_steps:
+            done = max(done, step / settings.most_steps)
+        if done >= 1:
+            break
+        scale = min(1.0, (step + 1) / _WARM_UP_STEPS) * (1 - done)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * scale
+        batch = rows.draw()
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = prompted(batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(prompted.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.detach())
+        step, tokens = step + 1, tokens + batch.tokens.numel()
+        if step % 250 == 0:
+            recent = float(torch.stack(losses[-250:]).mean())
+            print(f"step {step} {seconds:.0f} s loss {recent:.3f} {tokens / 1e6:.0f} M", flush=True)
+    print(f"trained {step} steps, {tokens / 1e6:.0f} M positions, padding included", flush=True)
+    model.train(False)
+
+
+def _optimizer(prompted: PromptedModel, device: torch.device) -> torch.optim.AdamW:
+    """MiniLM's weights move slowly, the decoder faster, the prompt vectors fastest."""
+    groups: dict[str, list[nn.Parameter]] = {name: [] for name in _LEARNING_RATES}
+    for name, parameter in prompted.named_parameters():
+        part = "decoder" if ".decoder." in name else "encoder"
+        groups["prompts" if name.startswith("prompts.") else part].append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": groups[name], "lr": rate, "weight_decay": 0.0 if name == "prompts" else 0.02}
+            for name, rate in _LEARNING_RATES.items()
+        ],
+        betas=(0.9, 0.98),
+        fused=device.type == "cuda",
+    )
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("prepared", type=Path, help="folder that `prepare` wrote")
+    parser.add_argument("out", type=Path, help="folder to write the model to")
+    parser.add_argument("--minutes", type=float, default=5.0, help="training time (default 5)")
+    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--learning-rate", type=float, default=1.0, help="factor on all rates")
+    parser.add_argument("--batch-tokens", type=int, default=65536)
+    parser.add_argument("--learned-share", type=float, default=SlotShares().learned)
+    parser.add_argument("--shares", type=json.loads, default={}, help="JSON, over FAMILY_SHARES")
+    parser.add_argument("--compile", action="store_true", help="compile the layers (GPU)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--toy", action="store_true", help="a few steps, to try the script out")
+    parser.add_argument("--measure", choices=("dev", "test"), help="tune prompts and print figures")
+    parser.add_argument("--tuning-steps", type=int, default=Tuning().steps)
+    parser.add_argument("--measured-rows", type=int, default=500, help="at most so many a task")
+    options = parser.parse_args()
+
+    torch.manual_seed(options.seed)
+    torch.set_float32_matmul_precision("high")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    minilm = options.prepared / "minilm"
+    model = base_from_minilm(minilm, options.dropout)
+    difference = largest_difference_to_minilm(model, minilm)
+    print(f"parameters {model.num_parameters()}, encoder differs from MiniLM by {difference:.1e}")
+    if difference > 1e-4:
+        raise SystemExit("the encoder does not start as MiniLM")
+    torch.nn.Module.to(model, device)
+    shares = {name: share for name, share in (FAMILY_SHARES | options.shares).items() if share}
+    slots = SlotShares(options.learned_share, 0.95 - options.learned_share)
+    batch_tokens = 512 if options.toy else options.batch_tokens
+    rows = TrainingRows(options.prepared, shares, batch_tokens, device, slots, options.seed)
+    settings = Settings(
+        minutes=options.minutes,
+        dropout=options.dropout,
+        learning_rate=options.learning_rate,
+        compiled=options.compile,
+        most_steps=30 if options.toy else None,
+        seed=options.seed,
+    )
+    train(model, rows, settings, device)
+    figures = None
+    if options.measure:
+        torch.compiler.set_stance("force_eager")  # eager is fast enough, and compiles nothing anew
+        tuning = Tuning(steps=options.tuning_steps)
+        figures = measure(model, options.prepared, tuning, options.measure, options.measured_rows)
+    save_base(model, minilm, options.out)
+    if figures:
+        (options.out / "figures.json").write_text(json.dumps({options.measure: figures}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""The write side of the catalog: it can append, and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sqlite3
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from router.catalog import CATALOG_FILE, SCHEMA_VERSION, CatalogReader
+from router.errors import CatalogBusyError, CatalogError, StorageError, TaskExistsError
+from router.tasks import Policy, TaskRecord
+from trainer.artifact_writer import sync_folder
+
+_WAIT_SECONDS = 120.0
+
+_SCHEMA = """
+    CREATE TABLE task_records (
+        task TEXT NOT NULL,
+        revision INTEGER NOT NULL CHECK (revision > 0),
+        record TEXT NOT NULL,
+        sha256 TEXT NOT NULL,
+        PRIMARY KEY (task, revision)
+    ) WITHOUT ROWID;
+    CREATE TABLE catalog_revisions (
+        revision INTEGER PRIMARY KEY CHECK (revision > 0),
+        created_at TEXT NOT NULL,
+        action TEXT NOT NULL,
+        tasks TEXT NOT NULL,
+        head_sha256 TEXT NOT NULL,
+        encoder TEXT NOT NULL,
+        policy TEXT NOT NULL,
+        report TEXT NOT NULL
+    );
+    CREATE TABLE task_events (
+        task TEXT NOT NULL,
+        catalog_revision INTEGER NOT NULL REFERENCES catalog_revisions (revision),
+        task_revision INTEGER,
+        PRIMARY KEY (task, catalog_revision),
+        FOREIGN KEY (task, task_revision) REFERENCES task_records (task, revision)
+    ) WITHOUT ROWID;
+"""
+_TABLES = ("task_records", "catalog_revisions", "task_events")
+_APPEND_ONLY = "".join(
+    f"CREATE TRIGGER {table}_refuses_{verb.lower()} BEFORE {verb} ON {table}"
+    f" BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END;"
+    for table in _TABLES
+    for verb in ("UPDATE", "DELETE")
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """One append: new records, and which task revisions are live from now on (None: retired)."""
+
+    action: str
+    records: tuple[TaskRecord, ...]
+    live: Mapping[str, int | None]
+    head_sha256: str
+    encoder: str
+    policy: Policy
+    report: Mapping[str, object]
+
+
+class CatalogWriter(CatalogReader):
+    """A `CatalogReader` that can also append. Creates the catalog where there is none."""
+
+    _mode = "rwc"
+
+    @contextlib.contextmanager
+    def appending(self) -> Iterator[None]:
+        """Hold the catalog against other writers; readers go on. Committed on leaving.
+
+        What is read inside is what the append is based on: compile the head in here, and two
+        registrations at once cannot miss each other.
+
+        Raises:
+            CatalogBusyError: another writer holds it for more than two minutes.
+            StorageError: the disk is full, or the file cannot be written.
+        """
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            if self._connection.in_transaction:
+                with contextlib.suppress(sqlite3.Error):
+                    self._connection.execute("ROLLBACK")
+            raise self._unwritable(error) from error
+
+    def append(self, publication: Publication) -> int:
+        """Append inside `appending()`; returns the new catalog revision.
+
+        Raises:
+            CatalogError: called outside of `appending()`.
+        """
+        if not self._connection.in_transaction:
+            raise CatalogError("append", "no transaction", "call it inside appending()")
+        execute = self._connection.execute
+        for record in publication.records:
+            execute(
+                "INSERT INTO task_records VALUES (?, ?, ?, ?)",
+                (record.name, record.revision, record.to_json(), record.sha256),
+            )
+        revision = self.newest_revision() + 1
+        execute(
+            "INSERT INTO catalog_revisions VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                revision,
+                now(),
+                publication.action,
+                json.dumps(sorted(publication.live)),
+                publication.head_sha256,
+                publication.encoder,
+                json.dumps(asdict(publication.policy), sort_keys=True),
+                json.dumps(publication.report, sort_keys=True),
+            ),
+        )
+        for task, live in publication.live.items():
+            execute("INSERT INTO task_events VALUES (?, ?, ?)", (task, revision, live))
+        return revision
+
+    def refuse_existing(self, record: TaskRecord) -> None:
+        """Refuse a record whose revision was taken while it was being made.
+
+        Raises:
+            TaskExistsError: another registration of this name was faster.
+        """
+        if self.newest_record(record.name) >= record.revision:
+            raise TaskExistsError(
+                "task name",
+                record.key,
+                "another registration of this name finished first; run it again with --revise",
+            )
+
+    def _open(self) -> sqlite3.Connection:
+        try:
+            self.home.mkdir(parents=True, exist_ok=True)
+            is_new = not self._file.exists()
+            connection = self._connect()
+            connection.execute(f"PRAGMA busy_timeout = {int(_WAIT_SECONDS * 1000)}")
+            # FULL: a row that was acknowledged survives a power cut.
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA foreign_keys = ON")
+            _migrate(connection)
+            if is_new:
+                sync_folder(self.home)
+        except sqlite3.Error as error:
+            raise self._unwritable(error) from error
+        except OSError as error:
+            raise StorageError(
+                f"home {self.home}", error.strerror or error, "give a writable folder with --home"
+            ) from error
+        connection.close()
+        connection = super()._open()
+        connection.execute(f"PRAGMA busy_timeout = {int(_WAIT_SECONDS * 1000)}")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+        return connection
+
+    def _unwritable(self, error: sqlite3.Error) -> CatalogError | StorageError:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            return CatalogBusyError(
+                f"catalog {self._file}", "locked", "another registration is running; try again"
+            )
+        if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY):
+            return StorageError(
+                f"catalog {self._file}",
+                error,
+                "free disk space or fix the permissions; nothing was published",
+            )
+        return self._unreadable(error)
+
+
+def now() -> str:
+    """The time in UTC, to the millisecond, as ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _migrate(connection: sqlite3.Connection) -> None:
+    """Numbered steps from `PRAGMA user_version` to SCHEMA_VERSION, each in its own transaction."""
+    if _version(connection) >= SCHEMA_VERSION:
+        return
+    connection.execute("PRAGMA journal_mode = DELETE")
+    connection.execute("BEGIN IMMEDIATE")
+    # Another process may have made the schema while we waited for the lock.
+    if _version(connection) < 1:
+        for statement in _statements(_SCHEMA + _APPEND_ONLY):
+            connection.execute(statement)
+        connection.execute("PRAGMA user_version = 1")
+    connection.execute("COMMIT")
+
+
+def _version(connection: sqlite3.Connection) -> int:
+    return int(connection.execute("PRAGMA user_version").fetchone()[0])
+
+
+def _statements(script: str) -> Iterator[str]:
+    """The statements of a script. (`executescript` would commit the open transaction.)"""
+    statement = ""
+    for piece in script.split(";"):
+        statement += piece + ";"
+        if sqlite3.complete_statement(statement) and statement.strip(" \n;"):
+            yield statement
+            statement = ""
+
+
+def catalog_exists(home: Path) -> bool:
+    """Whether `home` holds a catalog."""
+    return os.path.exists(home / CATALOG_FILE)

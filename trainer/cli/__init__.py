@@ -1,0 +1,25 @@
+"""The `promptyard` command."""
+
+from __future__ import annotations
+
+import typer
+
+from trainer.cli import evaluation, serving, tasks
+from trainer.cli.console import quiet_libraries
+
+app = typer.Typer(
+    name="promptyard",
+    help="Route inputs to soft prompts: register tasks, serve them over gRPC, evaluate routing.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+tasks.add_to(app)
+serving.add_to(app)
+app.add_typer(evaluation.app, name="evaluate")
+
+
+def main() -> None:
+    """Run the command."""
+    quiet_libraries()
+    app()

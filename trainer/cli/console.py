@@ -1,0 +1,169 @@
+"""What the commands share: options, output for people and for programs, errors, progress."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from router.errors import InvalidInputError, PromptyardError, RefusedError
+
+# Results go to stdout; progress, warnings and errors to stderr, so that output can be piped.
+out = Console()
+err = Console(stderr=True)
+
+EXIT_FAILED = 1
+EXIT_INVALID = 2
+EXIT_REFUSED = 3
+
+Home = Annotated[
+    Path | None,
+    typer.Option(
+        "--home",
+        envvar="PROMPTYARD_HOME",
+        help="Folder of the catalog and its files. Default: the platform's data folder.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, for programs.")]
+EncoderName = Annotated[
+    str,
+    typer.Option(
+        help="Sentence encoder: all-MiniLM-L6-v2 (comes with the install), or any "
+        "sentence-transformers model by hub name or folder."
+    ),
+]
+BaseModel = Annotated[
+    str | None,
+    typer.Option(
+        help="Base model: a folder or hub name of any Hugging Face seq2seq or causal model. "
+        "Default: the one that comes with the install."
+    ),
+]
+Server = Annotated[
+    str | None, typer.Option(help="Ask the server at HOST:PORT instead of working in process.")
+]
+
+ReportProgress = Callable[[str, str, int, int], None]
+
+
+def home_folder(home: Path | None) -> Path:
+    """The folder that was given, or the platform's data folder."""
+    if home is not None:
+        return home
+    from platformdirs import user_data_path
+
+    return Path(user_data_path("promptyard"))
+
+
+def print_json(value: object) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "") -> None:
+    """A table for people. Numbers are right-aligned."""
+    table = Table(title=title or None, title_justify="left", header_style="bold")
+    for number, column in enumerate(columns):
+        numeric = bool(rows) and all(isinstance(row[number], int | float) for row in rows)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row))
+    out.print(table)
+
+
+@contextmanager
+def errors_for_people(as_json: bool = False) -> Iterator[None]:
+    """Turn the errors of the project into one clear message and an exit code."""
+    try:
+        yield
+    except PromptyardError as error:
+        fail(error, as_json)
+    except KeyboardInterrupt:
+        err.print("interrupted; nothing that was published is lost")
+        raise typer.Exit(130) from None
+
+
+def fail(error: PromptyardError, as_json: bool = False) -> NoReturn:
+    """Print an error and leave with its exit code."""
+    if as_json:
+        print_json({"error": error_fields(error)})
+    else:
+        print_error("error", error)
+    raise typer.Exit(exit_code(error))
+
+
+def print_error(what: str, error: PromptyardError) -> None:
+    """An error for people, on stderr."""
+    err.print(f"[bold red]{what}[/] ({error.reason})", highlight=False)
+    err.print(f"  {error}", highlight=False, markup=False)
+
+
+def exit_code(error: PromptyardError) -> int:
+    """2 for bad input, 3 for a refused registration, 1 otherwise."""
+    if isinstance(error, InvalidInputError):
+        return EXIT_INVALID
+    return EXIT_REFUSED if isinstance(error, RefusedError) else EXIT_FAILED
+
+
+def error_fields(error: PromptyardError) -> Mapping[str, str]:
+    """An error as fields, for programs."""
+    return {
+        "reason": error.reason,
+        "field": error.field,
+        "value": error.value,
+        "remedy": error.remedy,
+    }
+
+
+@contextmanager
+def progress_bars() -> Iterator[ReportProgress]:
+    """Progress of long work on stderr: one bar per (task, stage); plain lines where no terminal."""
+    if not err.is_terminal:
+        yield _progress_lines()
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=err) as bars:
+        known: dict[tuple[str, str], object] = {}
+
+        def report(task: str, stage: str, done: int, total: int) -> None:
+            key = (task, stage)
+            if key not in known:
+                known[key] = bars.add_task(f"{stage} {task}".strip(), total=total)
+            bars.update(known[key], completed=done, total=total)  # type: ignore[arg-type]
+
+        yield report
+
+
+def quiet_libraries() -> None:
+    """No progress bars and no hub traffic of libraries under ours."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _progress_lines() -> ReportProgress:
+    finished: set[tuple[str, str]] = set()
+
+    def report(task: str, stage: str, done: int, total: int) -> None:
+        if done >= total and (task, stage) not in finished:
+            finished.add((task, stage))
+            err.print(f"{stage} {task}: {done}/{total}".replace(" :", ":"), highlight=False)
+
+    return report
+
+
+def _cell(value: object) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

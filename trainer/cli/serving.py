@@ -1,0 +1,266 @@
+"""Commands of the read path: serve, route, generate, status."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from router.settings import DEFAULT_BASE_MODEL, DEFAULT_ENCODER, DEFAULT_LISTEN, ServerSettings
+from trainer.cli.console import (
+    EXIT_FAILED,
+    AsJson,
+    BaseModel,
+    EncoderName,
+    Home,
+    Server,
+    err,
+    errors_for_people,
+    home_folder,
+    out,
+    print_json,
+    print_table,
+)
+
+if TYPE_CHECKING:
+    from router.answer import AnswerEvent
+    from router.client import RouterClient
+    from router.decision import Decision
+    from router.routing import Router
+
+Result = TypeVar("Result")
+
+_SHOWN_CHARACTERS = 60
+
+Texts = Annotated[list[str], typer.Argument(metavar="TEXT...", help="One or more texts.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Mount the commands."""
+    app.command("serve")(serve)
+    app.command("route")(route)
+    app.command("generate")(generate)
+    app.command("status")(status)
+
+
+def serve(
+    listen: Annotated[
+        str, typer.Option(envvar="PROMPTYARD_LISTEN", help="HOST:PORT; port 0 takes a free one.")
+    ] = DEFAULT_LISTEN,
+    home: Home = None,
+    encoder: EncoderName = DEFAULT_ENCODER,
+    base_model: BaseModel = DEFAULT_BASE_MODEL,
+    route_only: Annotated[
+        bool, typer.Option("--route-only", help="Load no base model; Generate is refused.")
+    ] = False,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each model.")] = 2,
+    poll_seconds: Annotated[
+        float, typer.Option(min=0.01, help="How often to look for a new catalog revision.")
+    ] = 0.25,
+) -> None:
+    """Serve the catalog over gRPC until SIGTERM or Ctrl-C.
+
+    Prints one line when calls can come. New tasks are picked up by themselves. The log goes to
+    stderr, as JSON lines, and never carries the text of an input.
+    """
+    with errors_for_people():
+        from router.bootstrap import log_to_stderr
+        from router.bootstrap import serve as run_server
+
+        log_to_stderr()
+        settings = ServerSettings(
+            home=home_folder(home),
+            listen=listen,
+            encoder=encoder,
+            base_model=None if route_only else base_model,
+            encoder_threads=threads,
+            base_model_threads=threads,
+            poll_seconds=poll_seconds,
+        )
+        run_server(settings, lambda line: print(line, flush=True))  # noqa: T201
+
+
+def route(
+    texts: Texts,
+    top_k: Annotated[int, typer.Option(min=0, max=100, help="Candidates to list.")] = 0,
+    server: Server = None,
+    home: Home = None,
+    encoder: EncoderName = DEFAULT_ENCODER,
+    as_json: AsJson = False,
+) -> None:
+    """Say which task each text belongs to, or that none fits."""
+    with errors_for_people(as_json):
+        if server is not None:
+            decisions = _remote(server, lambda client: client.batch_route(texts, top_k))
+        else:
+            decisions = _in_process(
+                ServerSettings(home=home_folder(home), encoder=encoder, base_model=None),
+                lambda router: router.route_batch(texts, top_k),
+            )
+        if as_json:
+            print_json(
+                [_decision_fields(text, d) for text, d in zip(texts, decisions, strict=True)]
+            )
+            return
+        print_table(
+            ["input", "outcome", "task", "score", "margin", "threshold"],
+            [
+                [_short(text), d.outcome.value, d.task or "-", d.score, d.margin, d.threshold]
+                for text, d in zip(texts, decisions, strict=True)
+            ],
+            title=f"catalog revision {decisions[0].revision}",
+        )
+        if top_k:
+            for text, decision in zip(texts, decisions, strict=True):
+                print_table(
+                    ["candidate", "score", "threshold"],
+                    [[str(c.task), c.score, c.threshold] for c in decision.candidates],
+                    title=_short(text),
+                )
+
+
+def generate(
+    texts: Texts,
+    task: Annotated[str, typer.Option(help="Skip routing: answer under this task.")] = "",
+    context: Annotated[
+        list[str] | None, typer.Option(help="A retrieved passage to answer from; repeatable.")
+    ] = None,
+    max_output_tokens: Annotated[int, typer.Option(help="0: the default.")] = 0,
+    server: Server = None,
+    home: Home = None,
+    encoder: EncoderName = DEFAULT_ENCODER,
+    base_model: BaseModel = DEFAULT_BASE_MODEL,
+    as_json: AsJson = False,
+) -> None:
+    """Route each text and answer it with the base model under the task's soft prompt."""
+    with errors_for_people(as_json):
+        passages = context or []
+        if server is not None:
+            answers = _remote(
+                server,
+                lambda client: [
+                    list(
+                        client.generate(
+                            text, task=task, context=passages, max_output_tokens=max_output_tokens
+                        )
+                    )
+                    for text in texts
+                ],
+            )
+        else:
+
+            async def answer_all(router: Router) -> list[list[AnswerEvent]]:
+                return [
+                    [
+                        event
+                        async for event in router.generate(
+                            text, task=task, context=passages, max_output_tokens=max_output_tokens
+                        )
+                    ]
+                    for text in texts
+                ]
+
+            answers = _in_process(
+                ServerSettings(home=home_folder(home), encoder=encoder, base_model=base_model),
+                answer_all,
+            )
+        rows = [_answer_fields(t, events) for t, events in zip(texts, answers, strict=True)]
+        if as_json:
+            print_json(rows)
+            return
+        print_table(
+            ["input", "outcome", "task", "answer", "finish"],
+            [
+                [_short(str(r["text"])), r["outcome"], r["task"] or "-", r["answer"], r["finish"]]
+                for r in rows
+            ],
+        )
+
+
+def status(
+    server: Annotated[str, typer.Option(help="The server's HOST:PORT.")] = DEFAULT_LISTEN,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a server serves: revision, tasks, tasks out of service, models."""
+    with errors_for_people(as_json):
+        from google.protobuf.json_format import MessageToDict
+
+        document = MessageToDict(
+            _remote(server, lambda client: client.status()), preserving_proto_field_name=True
+        )
+        if as_json:
+            print_json(document)
+        else:
+            out.print_json(data=document)
+
+
+def _remote(server: str, ask: Callable[[RouterClient], Result]) -> Result:
+    """Ask a server; its errors end the command with a message."""
+    from router.client import RouterClient, RouterError
+
+    try:
+        with RouterClient(server) as client:
+            return ask(client)
+    except RouterError as error:
+        err.print(f"[bold red]error[/] from {server}", highlight=False)
+        err.print(f"  {error}", highlight=False, markup=False)
+        raise typer.Exit(EXIT_FAILED) from error
+
+
+def _in_process(settings: ServerSettings, ask: Callable[[Router], Awaitable[Result]]) -> Result:
+    """Ask a router in this process."""
+    from router.bootstrap import open_router
+    from router.catalog import CatalogReader
+
+    # A server may start before its first task; a question needs a catalog.
+    CatalogReader(settings.home).close()
+
+    async def run() -> Result:
+        with open_router(settings) as router:
+            return await ask(router)
+
+    return asyncio.run(run())
+
+
+def _decision_fields(text: str, decision: Decision) -> dict[str, object]:
+    return {
+        "text": text,
+        "outcome": decision.outcome.value,
+        "task": decision.task.name if decision.task else None,
+        "task_revision": decision.task.revision if decision.task else None,
+        "score": _finite(decision.score),
+        "margin": _finite(decision.margin),
+        "threshold": _finite(decision.threshold),
+        "revision": decision.revision,
+        "truncated": decision.truncated,
+        "candidates": [
+            {"task": c.task.name, "score": c.score, "threshold": c.threshold}
+            for c in decision.candidates
+        ],
+    }
+
+
+def _answer_fields(text: str, events: Sequence[AnswerEvent]) -> dict[str, object]:
+    from router.answer import AnswerSummary
+    from router.decision import Decision
+
+    decisions = [event for event in events if isinstance(event, Decision)]
+    summaries = [event for event in events if isinstance(event, AnswerSummary)]
+    return {
+        **_decision_fields(text, decisions[0]),
+        "answer": "".join(event for event in events if isinstance(event, str)),
+        "finish": summaries[0].finish_reason.value,
+        "output_tokens": summaries[0].output_tokens,
+    }
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity and no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"

@@ -1,0 +1,233 @@
+"""Reads and checks labelled files: JSON Lines (also .gz), CSV, Parquet."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from router.errors import InvalidInputError
+from router.tasks import DataSummary
+
+MAX_FILE_BYTES = 2 << 30
+MAX_INPUT_BYTES = 32 << 10
+MAX_OUTPUT_BYTES = 8 << 10
+_SHOWN_ROWS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """What the columns are called."""
+
+    input: str = "input"
+    output: str = "output"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Example:
+    """One labelled input of a task."""
+
+    input: str
+    output: str
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledFile:
+    """The checked rows of a file, in an order that does not depend on the file's."""
+
+    examples: tuple[Example, ...]
+    sha256: str
+    duplicates_dropped: int
+
+
+def read_labelled(
+    path: Path,
+    fields: Fields = Fields(),
+    *,
+    with_output: bool = True,
+    drop_duplicates: bool = False,
+    min_rows: int = 2,
+) -> LabelledFile:
+    """Read and check the rows of `path`.
+
+    Routing alone needs no outputs (`with_output`). With `drop_duplicates` the first of repeated
+    inputs stays; otherwise they are refused. A task needs `min_rows` different rows.
+
+    Raises:
+        InvalidInputError: missing, unreadable, too few rows, a field missing, empty or too long,
+            or repeated inputs; the message names the file and the line.
+    """
+    examples: list[Example] = []
+    seen: dict[str, int] = {}
+    repeated: list[str] = []
+    for number, row in read_rows(path):
+        example = Example(
+            _value(path, number, row, fields.input, MAX_INPUT_BYTES),
+            _value(path, number, row, fields.output, MAX_OUTPUT_BYTES) if with_output else "",
+        )
+        if example.input in seen:
+            repeated.append(f"{number} (as {seen[example.input]})")
+            continue
+        seen[example.input] = number
+        examples.append(example)
+    if repeated and not drop_duplicates:
+        raise InvalidInputError(
+            f"{path}: field {fields.input!r}",
+            f"{len(repeated)} repeated inputs, rows {', '.join(repeated[:_SHOWN_ROWS])}",
+            "remove them, or pass --drop-duplicates to keep the first of each",
+        )
+    if len(examples) < min_rows:
+        raise InvalidInputError(
+            f"{path}", f"{len(examples)} different rows", f"give at least {min_rows}"
+        )
+    examples.sort(key=_canonical_order)
+    content = "".join(f"{e.input}\x00{e.output}\x00" for e in examples).encode()
+    return LabelledFile(tuple(examples), hashlib.sha256(content).hexdigest(), len(repeated))
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
+    """The rows of a file as (number from 1, fields).
+
+    Raises:
+        InvalidInputError: missing, too large, unreadable, or of an unknown kind.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise InvalidInputError(f"{path}", f"{size} bytes", "split files over 2 GiB")
+        if not size:
+            raise InvalidInputError(f"{path}", "an empty file", "give at least two rows")
+        kind = path.name.removesuffix(".gz").rsplit(".", 1)[-1].lower()
+        if kind in ("jsonl", "ndjson", "json"):
+            yield from _json_rows(path)
+        elif kind == "csv":
+            yield from _csv_rows(path)
+        elif kind == "parquet":
+            yield from _parquet_rows(path)
+        else:
+            raise InvalidInputError(f"{path}", f".{kind}", "give .jsonl, .jsonl.gz, .csv, .parquet")
+    except UnicodeDecodeError as error:
+        raise InvalidInputError(
+            f"{path}", f"byte {error.start} is not UTF-8", "save the file as UTF-8"
+        ) from error
+    except (OSError, EOFError, zlib.error, csv.Error) as error:
+        raise InvalidInputError(
+            f"{path}", getattr(error, "strerror", None) or error, "check the path and the file"
+        ) from error
+
+
+def split(
+    examples: Sequence[Example], validation_share: float = 0.2
+) -> tuple[list[Example], list[Example]]:
+    """Train and validation examples: each output keeps its share, the same split on every run."""
+    by_output: dict[str, list[Example]] = {}
+    for example in examples:
+        by_output.setdefault(example.output, []).append(example)
+    if len(by_output) * 2 > len(examples):  # free text: nothing to stratify by
+        by_output = {"": list(examples)}
+    train: list[Example] = []
+    validation: list[Example] = []
+    for rows in by_output.values():
+        ordered = sorted(rows, key=_canonical_order)
+        held = round(len(ordered) * validation_share) if len(ordered) > 1 else 0
+        held = min(max(held, 1), len(ordered) - 1) if len(ordered) > 1 else 0
+        validation += ordered[:held]
+        train += ordered[held:]
+    return train, validation
+
+
+def closed_outputs(examples: Sequence[Example]) -> tuple[str, ...] | None:
+    """The closed set of outputs, or None where the outputs are free text.
+
+    Closed: at most a third as many different outputs as rows, at most 256, and none longer than 64
+    characters.
+    """
+    outputs = sorted({example.output for example in examples})
+    few = len(outputs) <= max(2, len(examples) // 3) and len(outputs) <= 256
+    return tuple(outputs) if few and all(len(output) <= 64 for output in outputs) else None
+
+
+def summarise(file: LabelledFile, train: int, validation: int) -> DataSummary:
+    """What a record says of its data."""
+    return DataSummary(file.sha256, len(file.examples), train, validation, file.duplicates_dropped)
+
+
+def _canonical_order(example: Example) -> bytes:
+    return hashlib.sha256(f"{example.input}\x00{example.output}".encode()).digest()
+
+
+def _value(path: Path, number: int, row: Mapping[str, object], field: str, limit: int) -> str:
+    where = f"{path}: row {number}, field {field!r}"
+    value = row.get(field)
+    if value is None:
+        raise InvalidInputError(
+            where,
+            f"missing; the row has {', '.join(map(str, row))}",
+            "name the columns with --input-field and --output-field",
+        )
+    if not isinstance(value, str | int | float | bool):
+        raise InvalidInputError(where, type(value).__name__, "give a text")
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    size = len(text.encode(errors="surrogatepass"))
+    if size > limit:
+        raise InvalidInputError(where, f"{size} bytes", f"shorten it to at most {limit}")
+    if not text.strip():
+        raise InvalidInputError(where, "empty", "fill it in, or remove the row")
+    if "\x00" in text or any("\ud800" <= c <= "\udfff" for c in text):
+        raise InvalidInputError(where, "not valid text", "remove NUL and surrogate characters")
+    return text
+
+
+def _open_text(path: Path) -> io.TextIOBase:
+    if path.name.endswith(".gz"):
+        return cast("io.TextIOBase", gzip.open(path, "rt", encoding="utf-8-sig", newline=""))
+    return path.open(encoding="utf-8-sig", newline="")
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
+    limit = 2 * (MAX_INPUT_BYTES + MAX_OUTPUT_BYTES)
+    with _open_text(path) as lines:
+        number = 0
+        while line := lines.readline(limit):
+            number += 1
+            where = f"{path}: line {number}"
+            if len(line) >= limit and not line.endswith("\n"):
+                raise InvalidInputError(
+                    where, f"over {limit} characters", f"inputs are at most {MAX_INPUT_BYTES} bytes"
+                )
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise InvalidInputError(where, line, "give one JSON object a line") from error
+            if not isinstance(row, dict):
+                raise InvalidInputError(where, line, "give one JSON object a line")
+            yield number, row
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
+    with _open_text(path) as lines:
+        yield from enumerate(csv.DictReader(lines), start=1)
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.ParquetFile(path)
+        number = 0
+        for batch in table.iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except pyarrow.ArrowException as error:
+        raise InvalidInputError(f"{path}", error, "give a Parquet file") from error

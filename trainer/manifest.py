@@ -1,0 +1,72 @@
+"""Reads a manifest: a YAML file that lists several tasks to register together.
+
+tasks:
+  - name: review-sentiment
+    data: review-sentiment.jsonl      # relative to the manifest
+    instruction: Is the review positive or negative?
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from router.errors import InvalidInputError
+from trainer.commands import RegisterTask
+from trainer.data import Fields
+
+MAX_MANIFEST_BYTES = 16 << 20
+_TEXTS = ("name", "data", "description", "instruction", "input_field", "output_field", "force")
+_FLAGS = ("with_prompt", "free_text", "drop_duplicates", "revise")
+
+
+def read_manifest(path: Path) -> list[RegisterTask]:
+    """The tasks of a manifest.
+
+    Raises:
+        InvalidInputError: missing, not such a file, or an entry with unknown or missing keys.
+    """
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise InvalidInputError(f"{path}", "over 16 MiB", "split the manifest")
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInputError(f"{path}", error, "check the path and the file") from error
+    except yaml.YAMLError as error:
+        raise InvalidInputError(f"{path}", error, "give a YAML file") from error
+    entries = document.get("tasks") if isinstance(document, dict) else None
+    if not isinstance(entries, list) or not entries:
+        raise InvalidInputError(
+            f"{path}", "no list 'tasks'", "list the tasks under the key 'tasks'"
+        )
+    return [_request(path, number, entry) for number, entry in enumerate(entries, start=1)]
+
+
+def _request(path: Path, number: int, entry: object) -> RegisterTask:
+    where = f"{path}: task {number}"
+    if not isinstance(entry, dict):
+        raise InvalidInputError(where, entry, "give a mapping with 'name' and 'data'")
+    unknown = set(entry) - {*_TEXTS, *_FLAGS}
+    if unknown:
+        raise InvalidInputError(
+            where, ", ".join(map(str, unknown)), f"the keys are {', '.join((*_TEXTS, *_FLAGS))}"
+        )
+    for key in _TEXTS:
+        if not isinstance(entry.get(key, ""), str):
+            raise InvalidInputError(f"{where}, {key}", entry[key], "give a text")
+    for key in _FLAGS:
+        if not isinstance(entry.get(key, False), bool):
+            raise InvalidInputError(f"{where}, {key}", entry[key], "give true or false")
+    if not entry.get("name") or not entry.get("data"):
+        raise InvalidInputError(where, entry, "give at least 'name' and 'data'")
+    flags = {key: entry[key] for key in _FLAGS if key in entry}
+    return RegisterTask(
+        name=entry["name"],
+        data=path.parent / entry["data"],
+        description=entry.get("description", ""),
+        instruction=entry.get("instruction", ""),
+        fields=Fields(entry.get("input_field", "input"), entry.get("output_field", "output")),
+        force=entry.get("force", ""),
+        **flags,
+    )

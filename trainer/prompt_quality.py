@@ -1,0 +1,113 @@
+"""How well soft prompts answer labelled rows: share of right answers, and loss."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from router.backends.rows import Row
+from router.backends.torch_model import TorchLanguageModel
+from router.interfaces import PromptedInput
+
+LabelledRow = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Quality:
+    """Compares by the share of right answers, then by the loss (negated: more is better).
+
+    The loss is the mean of -log p(right label among the labels), or of -log p(output) where the
+    outputs are free text. It decides between prompts that are right equally often, which is most
+    of them when the rows are few.
+    """
+
+    score: float
+    minus_loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A prompt `[P, H]` (or none) to try on rows (input, output) of one task."""
+
+    prompt: Tensor | None
+    labels: tuple[str, ...] | None
+    rows: Sequence[LabelledRow]
+
+
+def measure(model: TorchLanguageModel, trials: Sequence[Trial]) -> list[Quality]:
+    """The quality of each trial. The rows of all trials share batches."""
+    candidates = [[trial.labels or (output,) for _, output in trial.rows] for trial in trials]
+    ids_of = {
+        text: model.tokenize_output(text) for rows in candidates for texts in rows for text in texts
+    }
+    rows = [row for trial in trials for row in _rows(model, trial)]
+    scores = model.score_rows(
+        rows, [[ids_of[text] for text in texts] for rows in candidates for texts in rows]
+    )
+    qualities = []
+    begin = 0
+    for trial in trials:
+        end = begin + len(trial.rows)
+        qualities.append(_quality(model, trial, scores[begin:end]))
+        begin = end
+    return qualities
+
+
+def majority_score(train: Sequence[LabelledRow], rows: Sequence[LabelledRow]) -> float:
+    """The score of always answering the most frequent output of `train` (the first, if several)."""
+    most_frequent = Counter(sorted(output for _, output in train)).most_common(1)[0][0]
+    return float(np.mean([output == most_frequent for _, output in rows]))
+
+
+def same_text(answer: str, expected: str) -> bool:
+    """Whether two texts say the same, apart from case and white space.
+
+    White space is ignored altogether: uncased word-piece tokenizers, such as the embedded one,
+    write `3. 5` and `stoke - on - trent`.
+    """
+    return "".join(answer.split()).casefold() == "".join(expected.split()).casefold()
+
+
+def _rows(model: TorchLanguageModel, trial: Trial) -> list[Row]:
+    length = 0 if trial.prompt is None else len(trial.prompt)
+    longest = max(
+        len(model.tokenize_output(text))
+        for text in (trial.labels or [output for _, output in trial.rows])
+    )
+    tokens = model.tokenize_inputs(
+        [text for text, _ in trial.rows],
+        [length] * len(trial.rows),
+        [longest] * len(trial.rows),
+    )
+    return [Row(trial.prompt, text.ids) for text in tokens]
+
+
+def _quality(model: TorchLanguageModel, trial: Trial, scores: Sequence[np.ndarray]) -> Quality:
+    if trial.labels is None:
+        loss = -float(np.mean([row[0] for row in scores]))
+        return Quality(_exact_matches(model, trial), -loss)
+    right = [trial.labels.index(output) for _, output in trial.rows]
+    hits = [int(row.argmax()) == k for row, k in zip(scores, right, strict=True)]
+    log_shares = [
+        float(torch.from_numpy(row).log_softmax(0)[k]) for row, k in zip(scores, right, strict=True)
+    ]
+    return Quality(float(np.mean(hits)), float(np.mean(log_shares)))
+
+
+def _exact_matches(model: TorchLanguageModel, trial: Trial) -> float:
+    values = None if trial.prompt is None else trial.prompt.detach().cpu().numpy()
+    longest = max(len(model.tokenize_output(output)) for _, output in trial.rows)
+    answers = model.generate([PromptedInput(text, values) for text, _ in trial.rows], longest)
+    return float(
+        np.mean(
+            [
+                same_text(answer.text, output)
+                for answer, (_, output) in zip(answers, trial.rows, strict=True)
+            ]
+        )
+    )

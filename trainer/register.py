@@ -1,0 +1,271 @@
+"""Registers tasks: the use case, from top to bottom.
+
+Read and check the data; embed it with the router's own encoder; tune the soft prompts, several
+tasks in the same batches; refuse prompts that are no better than their baselines; store the
+artifacts; publish. Nothing that is stored already is touched.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from router.errors import (
+    InvalidInputError,
+    PromptyardError,
+    RefusedError,
+    TaskExistsError,
+    TaskNotFoundError,
+)
+from router.interfaces import Embeddings, LanguageModel
+from router.loading import CLUSTERS_TENSOR, EMBEDDINGS_TENSOR, PROMPT_TENSOR
+from router.statistics import to_fixed_point
+from router.tasks import PromptSummary, TaskRecord, check_task_name
+from trainer.catalog_writer import now
+from trainer.clustering import cluster
+from trainer.commands import PolicyChange, RegisterTask
+from trainer.data import Example, LabelledFile, closed_outputs, read_labelled, split, summarise
+from trainer.tuning import TunedPrompt, TuningFailure, TuningJob, TuningSettings, tune
+from trainer.workshop import Published, Workshop
+
+MIN_ROWS_FOR_ROUTING = 2
+MIN_ROWS_FOR_PROMPT = 8
+_EMBED_ROWS = 256
+
+# progress(task or "", stage, done, total)
+Progress = Callable[[str, str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request whose data was read and checked."""
+
+    request: RegisterTask
+    revision: int
+    file: LabelledFile
+    outputs: tuple[str, ...] | None
+    train: Sequence[Example]
+    validation: Sequence[Example]
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """What became of a registration."""
+
+    records: tuple[TaskRecord, ...]
+    failures: Mapping[str, PromptyardError]
+    published: Published | None
+
+
+def register(
+    workshop: Workshop,
+    requests: Sequence[RegisterTask],
+    base_model: LanguageModel | None,
+    settings: TuningSettings,
+    change: PolicyChange | None = None,
+    progress: Progress = lambda *_: None,
+) -> Registered:
+    """Register tasks and publish those that succeed, all of them in one catalog revision.
+
+    A failure of one task leaves the others. `base_model` may be None where no request wants a
+    prompt.
+
+    Raises:
+        PromptyardError: nothing could be registered for a reason that no single task has.
+    """
+    workshop.check_encoder()
+    workshop.policy(change)
+    failures: dict[str, PromptyardError] = {}
+    prepared = list(_each(requests, lambda request: prepare(workshop, request), failures))
+    prompts = _tune(prepared, base_model, settings, failures, progress)
+    records = []
+    for task in prepared:
+        if task.request.name in failures:
+            continue
+        tuned = prompts.get(task.request.name)
+        try:
+            if tuned is not None:
+                check_prompt(task.request, tuned)
+            records.append(_store(workshop, task, tuned, base_model, settings, progress))
+        except PromptyardError as error:
+            failures[task.request.name] = error
+    if not records:
+        return Registered((), failures, None)
+    progress("", "publish", 0, 1)
+    published = workshop.publish(
+        "revise" if all(record.revision > 1 for record in records) else "register",
+        records=tuple(records),
+        live={record.name: record.revision for record in records},
+        change=change,
+    )
+    progress("", "publish", 1, 1)
+    return Registered(tuple(records), failures, published)
+
+
+def prepare(workshop: Workshop, request: RegisterTask) -> Prepared:
+    """Check the request and read its data.
+
+    Raises:
+        InvalidInputError: the name or the data cannot be used.
+        TaskExistsError: the task exists, and `revise` is not set.
+        TaskNotFoundError: `revise` is set, and the task does not exist.
+    """
+    check_task_name(request.name)
+    revision = next_revision(workshop, request)
+    file = read_labelled(
+        request.data,
+        request.fields,
+        with_output=request.with_prompt,
+        drop_duplicates=request.drop_duplicates,
+        min_rows=MIN_ROWS_FOR_PROMPT if request.with_prompt else MIN_ROWS_FOR_ROUTING,
+    )
+    if not request.with_prompt:
+        return Prepared(request, revision, file, None, file.examples, ())
+    outputs = None if request.free_text else closed_outputs(file.examples)
+    if outputs is not None and len(outputs) < 2:
+        raise InvalidInputError(
+            f"{request.data}: field {request.fields.output!r}",
+            f"only {outputs[0]!r}",
+            "give rows of at least two outputs, or --no-prompt to route only",
+        )
+    train, validation = split(file.examples)
+    return Prepared(request, revision, file, outputs, train, validation)
+
+
+def next_revision(workshop: Workshop, request: RegisterTask) -> int:
+    """The revision that the request makes."""
+    newest = workshop.catalog.newest_record(request.name)
+    if newest and not request.revise:
+        raise TaskExistsError(
+            "task name", request.name, "choose another name, or add --revise for its next revision"
+        )
+    if request.revise and not newest:
+        raise TaskNotFoundError("task name", request.name, "register it first, without --revise")
+    return newest + 1
+
+
+def check_prompt(request: RegisterTask, tuned: TunedPrompt) -> None:
+    """Refuse a prompt that is no better than the majority class or the plain instruction.
+
+    Raises:
+        RefusedError: it is not, and `force` gives no reason to publish it all the same.
+    """
+    scores = tuned.scores
+    floor = max(scores["majority"], scores["instruction"])
+    if scores["prompt"] <= floor and not request.force:
+        raise RefusedError(
+            f"prompt of {request.name}",
+            f"{scores['prompt']:.1%} right on the validation rows, where the majority class has "
+            f"{scores['majority']:.1%} and the plain instruction {scores['instruction']:.1%}",
+            "give more or cleaner rows or more --steps; --force REASON publishes it all the same",
+        )
+
+
+def _each(
+    requests: Sequence[RegisterTask],
+    work: Callable[[RegisterTask], Prepared],
+    failures: dict[str, PromptyardError],
+) -> Iterator[Prepared]:
+    seen: set[str] = set()
+    for request in requests:
+        try:
+            if request.name in seen:
+                raise InvalidInputError("task name", request.name, "name every task once")
+            seen.add(request.name)
+            yield work(request)
+        except PromptyardError as error:
+            failures[request.name] = error
+
+
+def _tune(
+    prepared: Sequence[Prepared],
+    base_model: LanguageModel | None,
+    settings: TuningSettings,
+    failures: dict[str, PromptyardError],
+    progress: Progress,
+) -> dict[str, TunedPrompt]:
+    wanted = [task for task in prepared if task.request.with_prompt]
+    if not wanted:
+        return {}
+    if base_model is None:
+        raise InvalidInputError("base model", "none", "give --base-model, or --no-prompt")
+    jobs = [
+        TuningJob(
+            name=task.request.name,
+            instruction=task.request.instruction or task.request.description,
+            labels=task.outputs,
+            train=tuple((example.input, example.output) for example in task.train),
+            validation=tuple((example.input, example.output) for example in task.validation),
+        )
+        for task in wanted
+    ]
+    prompts = {}
+    for name, result in tune(base_model, jobs, settings, progress).items():
+        if isinstance(result, TuningFailure):
+            failures[name] = RefusedError(f"prompt of {name}", result.reason, result.remedy)
+        else:
+            prompts[name] = result
+    return prompts
+
+
+def _store(
+    workshop: Workshop,
+    task: Prepared,
+    tuned: TunedPrompt | None,
+    base_model: LanguageModel | None,
+    settings: TuningSettings,
+    progress: Progress,
+) -> TaskRecord:
+    """Embed the rows, store rows and prompt, and make the record."""
+    request = task.request
+    embeddings = embed(workshop, request.name, task.file, progress)
+    embeddings_sha256 = workshop.artifacts.write_tensors(
+        {
+            EMBEDDINGS_TENSOR: to_fixed_point(embeddings.vectors),
+            CLUSTERS_TENSOR: cluster(embeddings.vectors)[:, None],
+        }
+    )
+    prompt = None
+    if tuned is not None and base_model is not None:
+        prompt = PromptSummary(
+            sha256=workshop.artifacts.write_tensors({PROMPT_TENSOR: tuned.values}),
+            tokens=len(tuned.values),
+            hidden_size=tuned.values.shape[1],
+            base_model=base_model.fingerprint,
+            base_model_name=base_model.name,
+            metric="exact match" if task.outputs is None else "accuracy",
+            scores=dict(tuned.scores),
+            settings={**asdict(settings), "python": platform.python_version()},
+            steps=tuned.steps,
+            seconds=round(tuned.seconds, 3),
+        )
+    return TaskRecord(
+        name=request.name,
+        revision=task.revision,
+        created_at=now(),
+        description=request.description,
+        instruction=request.instruction,
+        outputs=task.outputs,
+        data=summarise(task.file, len(task.train), len(task.validation)),
+        encoder=workshop.encoder.fingerprint,
+        embeddings_sha256=embeddings_sha256,
+        prompt=prompt,
+        forced_reason=request.force,
+    )
+
+
+def embed(workshop: Workshop, name: str, file: LabelledFile, progress: Progress) -> Embeddings:
+    """Embed all rows of a file, in pieces, with progress."""
+    texts = [example.input for example in file.examples]
+    pieces = []
+    for start in range(0, len(texts), _EMBED_ROWS):
+        progress(name, "embed", start, len(texts))
+        pieces.append(workshop.encoder.encode(texts[start : start + _EMBED_ROWS]))
+    progress(name, "embed", len(texts), len(texts))
+    return Embeddings(
+        np.concatenate([piece.vectors for piece in pieces]),
+        np.concatenate([piece.truncated for piece in pieces]),
+    )

@@ -1,0 +1,180 @@
+"""The place where tasks are made: one home folder, its writers and the models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from router.background import load_background
+from router.catalog import ARTIFACTS_FOLDER, HEADS_FOLDER
+from router.compiling import HEAD_KINDS, changed_decisions, compile_head
+from router.errors import CorruptArtifactError, InvalidInputError
+from router.fitting import Background
+from router.head import Head, empty_head
+from router.interfaces import Encoder
+from router.loading import check_encoder, read_statistics
+from router.statistics import PooledMoments, TaskStatistics
+from router.tasks import Policy, TaskKey, TaskRecord
+from trainer.artifact_writer import ArtifactWriter
+from trainer.catalog_writer import CatalogWriter, Publication
+from trainer.commands import PolicyChange
+
+_KEPT_HEADS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What a publish did: the new catalog revision, its head, and the decisions that changed."""
+
+    revision: int
+    head: Head
+    report: Mapping[str, float]
+    changed_decisions: Mapping[str, int]
+
+
+class Workshop:
+    """Publishes to one home folder. Everything that is live is a function of the records.
+
+    Statistics of tasks are cached in memory: many registrations in one process read each task once.
+    """
+
+    def __init__(self, home: Path, encoder: Encoder, background: Background | None) -> None:
+        self.home = home
+        self.encoder = encoder
+        self.catalog = CatalogWriter(home)
+        self.artifacts = ArtifactWriter(home / ARTIFACTS_FOLDER)
+        self._heads = ArtifactWriter(home / HEADS_FOLDER)
+        self._background = background
+        self._pool = PooledMoments(encoder.dimension)
+        self._statistics: dict[TaskKey, TaskStatistics] = {}
+
+    def close(self) -> None:
+        """Close the catalog."""
+        self.catalog.close()
+
+    def __enter__(self) -> Workshop:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def check_encoder(self) -> None:
+        """Refuse a home whose newest revision was made with another encoder.
+
+        Raises:
+            IncompatibleModelError: the fingerprints differ.
+        """
+        newest = self.catalog.newest_revision()
+        if newest:
+            check_encoder(self.catalog.revision(newest).encoder, self.encoder.fingerprint)
+
+    def policy(self, change: PolicyChange | None = None) -> Policy:
+        """The policy of the newest revision, with `change` applied.
+
+        Raises:
+            InvalidInputError: no such head, or a rate outside of [0, 0.5].
+        """
+        newest = self.catalog.newest_revision()
+        policy = self.catalog.revision(newest).policy if newest else Policy()
+        if change is None:
+            return policy
+        if change.head is not None:
+            policy = replace(policy, head=change.head)
+        if change.false_reject_rate is not None:
+            policy = replace(policy, false_reject_rate=change.false_reject_rate)
+        if change.ambiguous_rate is not None:
+            policy = replace(policy, ambiguous_rate=change.ambiguous_rate)
+        if policy.head not in HEAD_KINDS:
+            raise InvalidInputError("head", policy.head, f"choose one of {', '.join(HEAD_KINDS)}")
+        for name in ("false_reject_rate", "ambiguous_rate"):
+            if not 0 <= getattr(policy, name) <= 0.5:
+                raise InvalidInputError(name, getattr(policy, name), "give a share from 0 to 0.5")
+        return policy
+
+    def publish(
+        self,
+        action: str,
+        *,
+        records: tuple[TaskRecord, ...] = (),
+        live: Mapping[str, int | None],
+        change: PolicyChange | None = None,
+    ) -> Published:
+        """Compile the head for what will be live, store it, and append to the catalog.
+
+        All of it happens while other writers are held off, so that registrations at the same time
+        cannot miss each other. A crash anywhere before the commit leaves only orphan files.
+        """
+        catalog = self.catalog
+        with catalog.appending():
+            parent = catalog.newest_revision()
+            self.check_encoder()
+            policy = self.policy(change)
+            new = {record.key: record for record in records}
+            for record in records:
+                catalog.refuse_existing(record)
+            tasks = {key.name: key for key in catalog.live(parent)}
+            for name, revision in live.items():
+                tasks.pop(name, None)
+                if revision is not None:
+                    tasks[name] = TaskKey(name, revision)
+            self._pool.update(self._task_statistics(key, new) for key in tasks.values())
+            head = compile_head(
+                self._pool,
+                policy=policy,
+                encoder=self.encoder.fingerprint,
+                dimension=self.encoder.dimension,
+                background=self._background,
+            )
+            changed = self._changed(parent, head)
+            revision = catalog.append(
+                Publication(
+                    action,
+                    records,
+                    live,
+                    self._heads.write(head.to_bytes()),
+                    self.encoder.fingerprint,
+                    policy,
+                    {**head.summary, "changed_decisions": changed},
+                )
+            )
+        self._prune_heads(revision)
+        return Published(revision, head, head.summary, changed)
+
+    def _task_statistics(self, key: TaskKey, new: Mapping[TaskKey, TaskRecord]) -> TaskStatistics:
+        if key not in self._statistics:
+            record = new.get(key) or self.catalog.record(key)
+            self._statistics[key] = read_statistics(self.artifacts, record)
+        return self._statistics[key]
+
+    def _changed(self, parent: int, head: Head) -> dict[str, int]:
+        """Held-out decisions on the tasks that were there before that the new head changes."""
+        try:
+            before = self._read_head(parent)
+        except CorruptArtifactError:
+            return {}
+        keys = {*before.tasks, *head.tasks}
+        rows = {key: len(self._task_statistics(key, {}).embeddings) for key in keys}
+        return changed_decisions(before, head, rows)
+
+    def _read_head(self, revision: int) -> Head:
+        if not revision:
+            return empty_head(self.encoder.fingerprint, self.encoder.dimension)
+        return Head.from_bytes(self._heads.read(self.catalog.revision(revision).head_sha256))
+
+    def _prune_heads(self, newest: int) -> None:
+        """Remove heads that only old revisions use: they can be compiled again from the records."""
+        if newest <= _KEPT_HEADS:
+            return
+        recent = {
+            self.catalog.revision(revision).head_sha256
+            for revision in range(newest - _KEPT_HEADS + 1, newest + 1)
+        }
+        old = self.catalog.revision(newest - _KEPT_HEADS).head_sha256
+        if old not in recent:
+            self._heads.path(old).unlink(missing_ok=True)
+
+
+def open_workshop(home: Path, encoder: Encoder) -> Workshop:
+    """The workshop of a home folder, with the background that is shipped for the encoder."""
+    return Workshop(home, encoder, load_background(encoder.fingerprint))
