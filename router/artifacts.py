@@ -59,7 +59,7 @@ class ArtifactReader:
         remedy = "register the task again with --revise"
         try:
             tensors = load(self.read(sha256))
-        except (SafetensorError, ValueError) as error:
+        except (SafetensorError, ValueError, KeyError) as error:  # KeyError: a type NumPy lacks
             raise CorruptArtifactError(
                 f"artifact {sha256[:12]}", "not a safetensors file", remedy
             ) from error

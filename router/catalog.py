@@ -100,16 +100,23 @@ class CatalogReader:
                 "catalog revision", revision, f"the newest one is {self.newest_revision()}"
             )
         number, created_at, action, tasks, head, encoder, policy, report = row
-        return CatalogRevision(
-            number,
-            created_at,
-            action,
-            tuple(json.loads(tasks)),
-            head,
-            encoder,
-            Policy(**json.loads(policy)),
-            json.loads(report),
-        )
+        try:
+            return CatalogRevision(
+                number,
+                created_at,
+                action,
+                tuple(json.loads(tasks)),
+                head,
+                encoder,
+                Policy(**json.loads(policy)),
+                json.loads(report),
+            )
+        except (ValueError, TypeError) as error:
+            raise CatalogError(
+                f"catalog {self._file}",
+                f"revision {revision} is damaged",
+                "restore the catalog from a backup",
+            ) from error
 
     def live(self, revision: int) -> list[TaskKey]:
         """The tasks that are live at `revision`, by name."""
@@ -163,25 +170,55 @@ class CatalogReader:
             return [row[0] for row in rows]
 
     def _open(self) -> sqlite3.Connection:
-        if not self._file.exists():
-            raise CatalogError(
-                "home", self.home, "holds no catalog; register a task first, or give --home"
-            )
-        try:
-            connection = self._connect()
-            version = int(connection.execute("PRAGMA user_version").fetchone()[0])
-        except sqlite3.Error as error:
-            raise self._unreadable(error) from error
-        if version > SCHEMA_VERSION:
-            connection.close()
-            raise CatalogError(
-                "catalog version", version, f"upgrade promptyard: it reads up to {SCHEMA_VERSION}"
-            )
+        none = CatalogError(
+            "home", self.home, "holds no catalog; register a task first, or give --home"
+        )
+        if not has_catalog(self.home):
+            raise none
+        with contextlib.ExitStack() as failing:
+            try:
+                connection = self._connect(self._mode)
+                failing.callback(connection.close)
+                version = self._version(connection)
+            except sqlite3.Error as error:
+                raise self._unreadable(error) from error
+            if not version:
+                raise none
+            if version > SCHEMA_VERSION:
+                raise CatalogError(
+                    "catalog version",
+                    version,
+                    f"upgrade promptyard: it reads up to {SCHEMA_VERSION}",
+                )
+            failing.pop_all()
         return connection
 
-    def _connect(self) -> sqlite3.Connection:
+    def _version(self, connection: sqlite3.Connection) -> int:
+        try:
+            return schema_version(connection)
+        except sqlite3.Error as error:
+            if not self._undo_killed_write(error):
+                raise
+            return schema_version(connection)
+
+    def _undo_killed_write(self, error: sqlite3.Error) -> bool:
+        """Let SQLite put back what a writer that was killed in its commit left half written.
+
+        A connection that only reads may not, and cannot read before it is done. Returns whether
+        `error` said so and it is done: the user who serves may not be one who may write.
+        """
+        if error.sqlite_errorcode != sqlite3.SQLITE_READONLY_ROLLBACK:
+            return False
+        try:
+            with contextlib.closing(self._connect("rw")) as connection:
+                schema_version(connection)
+        except sqlite3.Error:
+            return False
+        return True
+
+    def _connect(self, mode: str) -> sqlite3.Connection:
         return sqlite3.connect(
-            f"{self._file.resolve().as_uri()}?mode={self._mode}",
+            f"{self._file.resolve().as_uri()}?mode={mode}",
             uri=True,
             timeout=_BUSY_SECONDS,
             isolation_level=None,
@@ -194,9 +231,28 @@ class CatalogReader:
             try:
                 yield self._connection
             except sqlite3.Error as error:
+                self._undo_killed_write(error)
                 raise self._unreadable(error) from error
 
     def _unreadable(self, error: sqlite3.Error) -> CatalogError:
-        return CatalogError(
-            f"catalog {self._file}", error, "check the file and its permissions, or restore it"
-        )
+        if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_READONLY_ROLLBACK:
+            remedy = "a writer was killed: run `promptyard list` as a user who may write to it"
+        else:
+            remedy = "check the file and its permissions, or restore it"
+        return CatalogError(f"catalog {self._file}", error, remedy)
+
+
+def has_catalog(home: Path) -> bool:
+    """Whether `home` holds a catalog, one that may be read or not."""
+    try:
+        # Empty: another process is just making it.
+        return (home / CATALOG_FILE).stat().st_size > 0
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+
+
+def schema_version(connection: sqlite3.Connection) -> int:
+    """The version that the catalog's file says it has; 0 for a new file."""
+    return int(connection.execute("PRAGMA user_version").fetchone()[0])

@@ -24,7 +24,7 @@ from router.fitting import (
 )
 from router.head import Head, best_row_per_task, empty_head
 from router.interfaces import FloatArray
-from router.statistics import PooledMoments
+from router.statistics import Moments, PooledMoments
 from router.tasks import Policy, TaskKey
 
 HEAD_KINDS = ("lda", "nearest-mean")
@@ -73,9 +73,10 @@ def compile_head(
     tasks = pool.tasks
     if not tasks:
         return empty_head(encoder, dimension)
+    total = pool.total()
     fitter = fit_nearest_mean if policy.head == "nearest-mean" else lda_fitter(background)
-    whole = fitter(pool.total())
-    folds = _folds(pool, fitter, whole)
+    whole = fitter(total)
+    folds = _folds(pool, total, fitter, whole)
     spreads = (1.0,) if policy.head == "nearest-mean" else _spreads(folds, len(whole.terms))
     held_out = _score_held_out(folds, spreads, len(tasks))
     thresholds = _thresholds(held_out, len(tasks), policy.false_reject_rate)
@@ -125,8 +126,8 @@ def _held_out_by_task(
     return decisions
 
 
-def _folds(pool: PooledMoments, fitter: Fitter, whole: Fit) -> list[_Fold]:
-    total, tasks = pool.total(), pool.tasks
+def _folds(pool: PooledMoments, total: Moments, fitter: Fitter, whole: Fit) -> list[_Fold]:
+    tasks = pool.tasks
     starts = np.cumsum([0, *(len(task.embeddings) for task in tasks)])
     folds = []
     for number, moments in enumerate(pool.by_fold()):

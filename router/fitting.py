@@ -3,11 +3,11 @@
 Two kinds:
 
 - `nearest-mean`: cosine to the normalised mean of each task. A row depends on its own task alone.
-- `lda`: linear discriminant analysis over sub-centroids, as a likelihood ratio against a broad
-  background Gaussian (a relative Mahalanobis distance, Ren et al. 2021, arXiv:2106.09022), plus
-  the cosine to the sub-centroid, each scaled to its spread over the rows of the tasks. The ratio
-  separates tasks from each other, the cosine separates them from what belongs to none; their sum
-  rejects better than either.
+- `lda`: linear discriminant analysis over shrunken sub-centroids, as a likelihood ratio against a
+  broad background Gaussian (a relative Mahalanobis distance, Ren et al. 2021, arXiv:2106.09022),
+  plus the cosine to the sub-centroid, each scaled to its spread over the rows of the tasks. The
+  ratio separates tasks from each other, the cosine separates them from what belongs to none;
+  their sum rejects better than either.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import linalg
+from scipy.linalg import lapack
 
 from router.interfaces import FloatArray
 from router.statistics import FIXED_POINT, ExactArray, Moments
 
-_BACKGROUND_SHARE = 0.5
+_PRIOR_ROWS = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +69,19 @@ def lda_fitter(background: Background | None) -> Fitter:
     """One row per cluster, two terms: the log-likelihood ratio, and the cosine."""
 
     def fit_lda(moments: Moments) -> Fit:
-        ratio, mean = _likelihood_ratio(moments, background)
-        cosines = _unit(moments.sums)
+        tasks, task_number = np.unique(moments.task_of, return_inverse=True)
+        means, counts = _task_means(moments, task_number, len(tasks))
+        centroids = _sub_centroids(moments, means[task_number])
+        mean = _mean(moments)
+        precision = _inverse(_regularised(_within_covariance(moments, means, counts), moments))
+        general = _inverse(_regularised(_background_covariance(moments, background), moments))
+        weights = (centroids - mean) @ precision
+        biases = -np.einsum("md,md->m", weights, centroids - mean)
+        ratio = np.concatenate([2 * weights, biases[:, None]], axis=1)
+        cosines = _unit(centroids)
         # The search is over centred embeddings: c.x = c.(x - mean) + c.mean
-        cosine_rows = np.concatenate([cosines, (cosines @ mean)[:, None]], axis=1)
-        return Fit((ratio, Term(cosine_rows)), mean, moments.task_of)
+        cosine = np.concatenate([cosines, (cosines @ mean)[:, None]], axis=1)
+        return Fit((Term(ratio, precision - general), Term(cosine)), mean, moments.task_of)
 
     return fit_lda
 
@@ -106,48 +114,71 @@ def offset_scores(offset: ExactArray | None, centered: FloatArray) -> FloatArray
     return scores
 
 
-def _likelihood_ratio(moments: Moments, background: Background | None) -> tuple[Term, ExactArray]:
-    """The likelihood ratio as a term, and its centre `[D]`.
+def _mean(moments: Moments) -> ExactArray:
+    return np.asarray(moments.sums.sum(0) / moments.counts.sum() / FIXED_POINT)
 
-    The covariances are shrunk towards a multiple of the identity by D / (D + N): half where there
-    are as many rows as dimensions, little where there are many.
+
+def _task_means(
+    moments: Moments, task_number: NDArray[np.int64], tasks: int
+) -> tuple[ExactArray, ExactArray]:
+    """The means `[K, D]` and numbers of rows `[K]` of the tasks."""
+    sums = np.zeros((tasks, moments.sums.shape[1]))
+    np.add.at(sums, task_number, moments.sums)
+    counts = np.zeros(tasks)
+    np.add.at(counts, task_number, moments.counts)
+    return sums / counts[:, None] / FIXED_POINT, counts
+
+
+def _sub_centroids(moments: Moments, task_means: ExactArray) -> ExactArray:
+    """The mean of each cluster `[M, D]`, drawn towards its task's mean where rows are few.
+
+    Empirical Bayes: the task's mean counts as much as `_PRIOR_ROWS` rows. A task that is one cloud
+    keeps one centre, and one that is several is served by several.
     """
-    total = moments.counts.sum()
-    dimension = moments.sums.shape[1]
-    mean = moments.sums.sum(0) / total / FIXED_POINT
-    second = moments.gram / total / FIXED_POINT**2
-    centroids = moments.sums / moments.counts[:, None] / FIXED_POINT
-    weighted = centroids * np.sqrt(moments.counts / total)[:, None]
-    # Each cluster's mean takes one degree of freedom off its own scatter.
-    free = max(1.0 - len(centroids) / total, 1.0 / total)
-    within = (second - weighted.T @ weighted) / free
-    overall = second - np.outer(mean, mean)
-    if background is not None:
-        gap = background.mean - mean
-        general = background.covariance + np.outer(gap, gap)
-        overall = (1 - _BACKGROUND_SHARE) * overall + _BACKGROUND_SHARE * general
-    shrinkage = dimension / (dimension + total)
-    precision = _inverse(_shrunk(within, shrinkage))
-    offset = precision - _inverse(_shrunk(overall, shrinkage))
-    centered = centroids - mean
-    weights = centered @ precision
-    biases = -np.einsum("md,md->m", weights, centered)
-    return Term(np.concatenate([2 * weights, biases[:, None]], axis=1), offset), mean
+    sums = moments.sums / FIXED_POINT + _PRIOR_ROWS * task_means
+    return np.asarray(sums / (moments.counts + _PRIOR_ROWS)[:, None])
 
 
-def _shrunk(covariance: ExactArray, shrinkage: float) -> ExactArray:
+def _within_covariance(moments: Moments, means: ExactArray, counts: ExactArray) -> ExactArray:
+    """The pooled covariance `[D, D]` of rows around their task's mean."""
+    weighted = means * np.sqrt(counts)[:, None]
+    scatter = moments.gram / FIXED_POINT**2 - weighted.T @ weighted
+    # Each task's mean takes one degree of freedom off its scatter.
+    return np.asarray(scatter / max(counts.sum() - len(counts), 1.0))
+
+
+def _background_covariance(moments: Moments, background: Background | None) -> ExactArray:
+    """The covariance of text in general: half what the tasks' rows say, half what is shipped."""
+    mean = _mean(moments)
+    overall = moments.gram / moments.counts.sum() / FIXED_POINT**2 - np.outer(mean, mean)
+    if background is None:
+        return np.asarray(overall)
+    gap = background.mean - mean
+    return np.asarray((overall + background.covariance + np.outer(gap, gap)) / 2)
+
+
+def _regularised(covariance: ExactArray, moments: Moments) -> ExactArray:
+    """Shrunk towards a multiple of the identity by D / (D + N).
+
+    Half where there are as many rows as dimensions, little where there are many.
+    """
+    dimension = len(covariance)
+    shrinkage = dimension / (dimension + moments.counts.sum())
     # The floor keeps a set of identical texts invertible.
-    level = max(float(np.trace(covariance)) / len(covariance), 1e-9)
-    shrunk = (1 - shrinkage) * covariance
+    level = max(float(np.trace(covariance)) / dimension, 1e-9)
+    shrunk = np.asarray((1 - shrinkage) * covariance)
     shrunk[np.diag_indices_from(shrunk)] += shrinkage * level
     return shrunk
 
 
 def _inverse(matrix: ExactArray) -> ExactArray:
     """The inverse of a positive definite matrix, by Cholesky."""
-    factor = linalg.cho_factor(matrix, lower=True, check_finite=False)
-    inverse: ExactArray = linalg.cho_solve(factor, np.eye(len(matrix)), check_finite=False)
-    return (inverse + inverse.T) / 2
+    factor, failed = lapack.dpotrf(matrix, lower=True)
+    inverse, _ = lapack.dpotri(factor, lower=True)
+    if failed:
+        raise np.linalg.LinAlgError("covariance is not positive definite")
+    lower = np.tril(inverse)
+    return np.asarray(lower + np.tril(lower, -1).T)
 
 
 def _unit(vectors: ExactArray) -> ExactArray:

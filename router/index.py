@@ -34,9 +34,14 @@ class CentroidIndex:
         """
         wanted = int(self._rows_before_kth_task[k - 2]) + 1 if k > 1 else 1
         scores, rows = self._index.search(np.ascontiguousarray(queries, dtype=np.float32), wanted)
+        tasks = self._row_task[rows]
+        # faiss returns equal scores in any order.
+        order = np.lexsort((tasks, -scores))
+        scores = np.take_along_axis(scores, order, 1)
+        tasks = np.take_along_axis(tasks, order, 1)
         if self._tasks == len(self._row_task):
-            return scores, self._row_task[rows]
-        return _best_per_task(scores, self._row_task[rows], k)
+            return scores, tasks
+        return _best_per_task(scores, tasks, k)
 
 
 def _best_per_task(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import structlog
 
-from router.catalog import CATALOG_FILE, CatalogReader
+from router.catalog import CatalogReader, has_catalog
 from router.errors import CatalogError, PromptyardError
 from router.loading import ServedModels, SnapshotLoader
 from router.snapshot import Snapshot
@@ -57,10 +57,10 @@ class LiveCatalog:
         Raises:
             PromptyardError: the catalog cannot be read, or none of its revisions can be served.
         """
-        if (self._home / CATALOG_FILE).exists():
+        if has_catalog(self._home):
             self._catalog = CatalogReader(self._home)
         self.refresh()
-        if self._problem and self._newest_revision:
+        if self._problem and self._catalog is not None:
             self._load_last_good()
         self._thread.start()
 
@@ -79,6 +79,8 @@ class LiveCatalog:
                 self._catalog = CatalogReader(self._home)
             newest = self._catalog.newest_revision()
             if newest == self._newest_revision:
+                if newest == self._snapshot.revision:
+                    self._problem = ""  # the catalog could not be read for a moment
                 return
             self._newest_revision = newest
             self._snapshot = self._loader.load(self._catalog, newest, self._snapshot)

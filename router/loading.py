@@ -134,8 +134,13 @@ def read_statistics(artifacts: ArtifactReader, record: TaskRecord) -> TaskStatis
         CorruptArtifactError: missing, damaged or inconsistent.
     """
     digest = record.embeddings_sha256
-    embeddings = artifacts.read_tensor(digest, EMBEDDINGS_TENSOR, np.int16)
-    clusters = artifacts.read_tensor(digest, CLUSTERS_TENSOR, np.int16, width=1)[:, 0]
+    try:
+        embeddings = artifacts.read_tensor(digest, EMBEDDINGS_TENSOR, np.int16)
+        clusters = artifacts.read_tensor(digest, CLUSTERS_TENSOR, np.int16, width=1)[:, 0]
+    except CorruptArtifactError as error:
+        raise CorruptArtifactError(
+            f"routing rows of {record.key}, {error.field}", error.value, error.remedy
+        ) from error
     if not len(embeddings) or len(clusters) != len(embeddings) or int(clusters.min()) < 0:
         raise CorruptArtifactError(
             f"routing rows of {record.key}", "inconsistent", "register the task again"

@@ -33,6 +33,7 @@ class ArtifactWriter(ArtifactReader):
         path = self.path(sha256)
         try:
             if path.exists() and path.read_bytes() == content:
+                sync_folder(path.parent)  # whoever wrote it may not have come that far
                 return sha256
             _make_folder(path.parent)
             write_durably(path, content)
@@ -78,5 +79,6 @@ def sync_folder(folder: Path) -> None:
 
 def _make_folder(folder: Path) -> None:
     if not folder.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
         sync_folder(folder.parent)

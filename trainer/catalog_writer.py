@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sqlite3
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
-from router.catalog import CATALOG_FILE, SCHEMA_VERSION, CatalogReader
+from router.catalog import SCHEMA_VERSION, CatalogReader, schema_version
 from router.errors import CatalogBusyError, CatalogError, StorageError, TaskExistsError
 from router.tasks import Policy, TaskRecord
 from trainer.artifact_writer import sync_folder
@@ -51,6 +49,18 @@ _APPEND_ONLY = "".join(
     for table in _TABLES
     for verb in ("UPDATE", "DELETE")
 )
+# INSERT OR REPLACE deletes a row without asking the triggers for DELETE.
+_NO_REPLACING = """
+    CREATE TRIGGER task_records_refuses_replace BEFORE INSERT ON task_records
+    WHEN (NEW.task, NEW.revision) IN (SELECT task, revision FROM task_records)
+    BEGIN SELECT RAISE(ABORT, 'task_records is append-only'); END;
+    CREATE TRIGGER catalog_revisions_refuses_replace BEFORE INSERT ON catalog_revisions
+    WHEN NEW.revision IN (SELECT revision FROM catalog_revisions)
+    BEGIN SELECT RAISE(ABORT, 'catalog_revisions is append-only'); END;
+    CREATE TRIGGER task_events_refuses_replace BEFORE INSERT ON task_events
+    WHEN (NEW.task, NEW.catalog_revision) IN (SELECT task, catalog_revision FROM task_events)
+    BEGIN SELECT RAISE(ABORT, 'task_events is append-only'); END;
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +96,13 @@ class CatalogWriter(CatalogReader):
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield
-            except BaseException:
-                self._connection.execute("ROLLBACK")
-                raise
-            self._connection.execute("COMMIT")
+                self._connection.execute("COMMIT")
+            finally:
+                # On some errors, such as a full disk, SQLite has rolled back already.
+                if self._connection.in_transaction:
+                    with contextlib.suppress(sqlite3.Error):
+                        self._connection.execute("ROLLBACK")
         except sqlite3.Error as error:
-            if self._connection.in_transaction:
-                with contextlib.suppress(sqlite3.Error):
-                    self._connection.execute("ROLLBACK")
             raise self._unwritable(error) from error
 
     def append(self, publication: Publication) -> int:
@@ -145,12 +154,9 @@ class CatalogWriter(CatalogReader):
         try:
             self.home.mkdir(parents=True, exist_ok=True)
             is_new = not self._file.exists()
-            connection = self._connect()
-            connection.execute(f"PRAGMA busy_timeout = {int(_WAIT_SECONDS * 1000)}")
-            # FULL: a row that was acknowledged survives a power cut.
-            connection.execute("PRAGMA synchronous = FULL")
-            connection.execute("PRAGMA foreign_keys = ON")
-            _migrate(connection)
+            with contextlib.closing(self._connect(self._mode)) as connection:
+                _set_up(connection)
+                _migrate(connection)
             if is_new:
                 sync_folder(self.home)
         except sqlite3.Error as error:
@@ -159,11 +165,8 @@ class CatalogWriter(CatalogReader):
             raise StorageError(
                 f"home {self.home}", error.strerror or error, "give a writable folder with --home"
             ) from error
-        connection.close()
         connection = super()._open()
-        connection.execute(f"PRAGMA busy_timeout = {int(_WAIT_SECONDS * 1000)}")
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("PRAGMA foreign_keys = ON")
+        _set_up(connection)
         return connection
 
     def _unwritable(self, error: sqlite3.Error) -> CatalogError | StorageError:
@@ -186,22 +189,25 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
+def _set_up(connection: sqlite3.Connection) -> None:
+    connection.execute(f"PRAGMA busy_timeout = {int(_WAIT_SECONDS * 1000)}")
+    # EXTRA: the journal's removal, which is the commit, is on disk too before it is acknowledged.
+    connection.execute("PRAGMA synchronous = EXTRA")
+    connection.execute("PRAGMA foreign_keys = ON")
+
+
 def _migrate(connection: sqlite3.Connection) -> None:
     """Numbered steps from `PRAGMA user_version` to SCHEMA_VERSION, each in its own transaction."""
-    if _version(connection) >= SCHEMA_VERSION:
+    if schema_version(connection) >= SCHEMA_VERSION:
         return
     connection.execute("PRAGMA journal_mode = DELETE")
     connection.execute("BEGIN IMMEDIATE")
     # Another process may have made the schema while we waited for the lock.
-    if _version(connection) < 1:
-        for statement in _statements(_SCHEMA + _APPEND_ONLY):
+    if schema_version(connection) < 1:
+        for statement in _statements(_SCHEMA + _APPEND_ONLY + _NO_REPLACING):
             connection.execute(statement)
         connection.execute("PRAGMA user_version = 1")
     connection.execute("COMMIT")
-
-
-def _version(connection: sqlite3.Connection) -> int:
-    return int(connection.execute("PRAGMA user_version").fetchone()[0])
 
 
 def _statements(script: str) -> Iterator[str]:
@@ -212,8 +218,3 @@ def _statements(script: str) -> Iterator[str]:
         if sqlite3.complete_statement(statement) and statement.strip(" \n;"):
             yield statement
             statement = ""
-
-
-def catalog_exists(home: Path) -> bool:
-    """Whether `home` holds a catalog."""
-    return os.path.exists(home / CATALOG_FILE)

@@ -69,8 +69,8 @@ def read_labelled(
     repeated: list[str] = []
     for number, row in read_rows(path):
         example = Example(
-            _value(path, number, row, fields.input, MAX_INPUT_BYTES),
-            _value(path, number, row, fields.output, MAX_OUTPUT_BYTES) if with_output else "",
+            read_cell(path, number, row, fields.input, MAX_INPUT_BYTES),
+            read_cell(path, number, row, fields.output, MAX_OUTPUT_BYTES) if with_output else "",
         )
         if example.input in seen:
             repeated.append(f"{number} (as {seen[example.input]})")
@@ -115,12 +115,39 @@ def read_rows(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
             raise InvalidInputError(f"{path}", f".{kind}", "give .jsonl, .jsonl.gz, .csv, .parquet")
     except UnicodeDecodeError as error:
         raise InvalidInputError(
-            f"{path}", f"byte {error.start} is not UTF-8", "save the file as UTF-8"
+            f"{path}", f"the byte {error.object[error.start]:#04x}", "save the file as UTF-8"
         ) from error
-    except (OSError, EOFError, zlib.error, csv.Error) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:  # ValueError: NUL in the path
         raise InvalidInputError(
             f"{path}", getattr(error, "strerror", None) or error, "check the path and the file"
         ) from error
+
+
+def read_cell(path: Path, number: int, row: Mapping[str, object], field: str, limit: int) -> str:
+    """The text in one field of row `number`, of at most `limit` bytes of UTF-8.
+
+    Raises:
+        InvalidInputError: missing, not a text, empty or too long.
+    """
+    where = f"{path}: row {number}, field {field!r}"
+    value = row.get(field)
+    if value is None:
+        raise InvalidInputError(
+            where,
+            f"missing; the row has {', '.join(map(str, row))}",
+            "say what the columns are called, with --input-field and the like",
+        )
+    if not isinstance(value, str | int | float | bool):
+        raise InvalidInputError(where, type(value).__name__, "give a text")
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    size = len(text.encode(errors="surrogatepass"))
+    if size > limit:
+        raise InvalidInputError(where, f"{size} bytes", f"shorten it to at most {limit}")
+    if not text.strip():
+        raise InvalidInputError(where, "empty", "fill it in, or remove the row")
+    if "\x00" in text or any("\ud800" <= c <= "\udfff" for c in text):
+        raise InvalidInputError(where, "not valid text", "remove NUL and surrogate characters")
+    return text
 
 
 def split(
@@ -163,28 +190,6 @@ def _canonical_order(example: Example) -> bytes:
     return hashlib.sha256(f"{example.input}\x00{example.output}".encode()).digest()
 
 
-def _value(path: Path, number: int, row: Mapping[str, object], field: str, limit: int) -> str:
-    where = f"{path}: row {number}, field {field!r}"
-    value = row.get(field)
-    if value is None:
-        raise InvalidInputError(
-            where,
-            f"missing; the row has {', '.join(map(str, row))}",
-            "name the columns with --input-field and --output-field",
-        )
-    if not isinstance(value, str | int | float | bool):
-        raise InvalidInputError(where, type(value).__name__, "give a text")
-    text = str(value).lower() if isinstance(value, bool) else str(value)
-    size = len(text.encode(errors="surrogatepass"))
-    if size > limit:
-        raise InvalidInputError(where, f"{size} bytes", f"shorten it to at most {limit}")
-    if not text.strip():
-        raise InvalidInputError(where, "empty", "fill it in, or remove the row")
-    if "\x00" in text or any("\ud800" <= c <= "\udfff" for c in text):
-        raise InvalidInputError(where, "not valid text", "remove NUL and surrogate characters")
-    return text
-
-
 def _open_text(path: Path) -> io.TextIOBase:
     if path.name.endswith(".gz"):
         return cast("io.TextIOBase", gzip.open(path, "rt", encoding="utf-8-sig", newline=""))
@@ -192,7 +197,8 @@ def _open_text(path: Path) -> io.TextIOBase:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
-    limit = 2 * (MAX_INPUT_BYTES + MAX_OUTPUT_BYTES)
+    # A byte of text can take six characters of JSON, as in \u0007.
+    limit = 8 * (MAX_INPUT_BYTES + MAX_OUTPUT_BYTES)
     with _open_text(path) as lines:
         number = 0
         while line := lines.readline(limit):
@@ -215,7 +221,14 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
     with _open_text(path) as lines:
-        yield from enumerate(csv.DictReader(lines), start=1)
+        rows = csv.DictReader(lines)
+        try:
+            yield from enumerate(rows, start=1)
+        except csv.Error as error:
+            where = f"{path}: line {rows.line_num}"
+            raise InvalidInputError(
+                where, error, f"inputs are at most {MAX_INPUT_BYTES} bytes"
+            ) from error
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:

@@ -33,7 +33,7 @@ def read_manifest(path: Path) -> list[RegisterTask]:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInputError(f"{path}", error, "check the path and the file") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2024-13-45; [[[[[...
         raise InvalidInputError(f"{path}", error, "give a YAML file") from error
     entries = document.get("tasks") if isinstance(document, dict) else None
     if not isinstance(entries, list) or not entries:

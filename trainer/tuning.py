@@ -207,7 +207,8 @@ class _Task:
 
     def validated(self, quality: Quality) -> None:
         """Keep the prompt as it is now if it is the best so far."""
-        if self._best is None or quality > self._best[0]:
+        better = self._best is None or quality > self._best[0]
+        if better and math.isfinite(quality.minus_loss):
             self._best = (quality, self.prompt.detach().clone())
             self._stale = 0
         else:

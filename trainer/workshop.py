@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -105,6 +106,21 @@ class Workshop:
         All of it happens while other writers are held off, so that registrations at the same time
         cannot miss each other. A crash anywhere before the commit leaves only orphan files.
         """
+        try:
+            published = self._publish(action, records, live, change)
+        except BaseException:
+            self._forget(records)
+            raise
+        self._prune_heads(published.revision)
+        return published
+
+    def _publish(
+        self,
+        action: str,
+        records: tuple[TaskRecord, ...],
+        live: Mapping[str, int | None],
+        change: PolicyChange | None,
+    ) -> Published:
         catalog = self.catalog
         with catalog.appending():
             parent = catalog.newest_revision()
@@ -138,8 +154,14 @@ class Workshop:
                     {**head.summary, "changed_decisions": changed},
                 )
             )
-        self._prune_heads(revision)
         return Published(revision, head, head.summary, changed)
+
+    def _forget(self, records: tuple[TaskRecord, ...]) -> None:
+        """Drop what is cached of records that were not published: their keys are free again."""
+        for record in records:
+            self._statistics.pop(record.key, None)
+        unpublished = {record.key for record in records}
+        self._pool.update(task for task in self._pool.tasks if task.key not in unpublished)
 
     def _task_statistics(self, key: TaskKey, new: Mapping[TaskKey, TaskRecord]) -> TaskStatistics:
         if key not in self._statistics:
@@ -153,9 +175,13 @@ class Workshop:
             before = self._read_head(parent)
         except CorruptArtifactError:
             return {}
-        keys = {*before.tasks, *head.tasks}
-        rows = {key: len(self._task_statistics(key, {}).embeddings) for key in keys}
+        rows = {key: self._rows(key) for key in (*before.tasks, *head.tasks)}
         return changed_decisions(before, head, rows)
+
+    def _rows(self, key: TaskKey) -> int:
+        """How many rows a task has; also of one whose stored rows are damaged, to retire it."""
+        statistics = self._statistics.get(key)
+        return len(statistics.embeddings) if statistics else self.catalog.record(key).data.rows
 
     def _read_head(self, revision: int) -> Head:
         if not revision:
@@ -172,7 +198,8 @@ class Workshop:
         }
         old = self.catalog.revision(newest - _KEPT_HEADS).head_sha256
         if old not in recent:
-            self._heads.path(old).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._heads.path(old).unlink()
 
 
 def open_workshop(home: Path, encoder: Encoder) -> Workshop:

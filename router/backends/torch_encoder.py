@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import snapshot_download
 from sentence_transformers import SentenceTransformer
 
 from router.backends.onnx_encoder import (
@@ -46,6 +47,7 @@ class TorchEncoder:
             IncompatibleModelError: it has no such layers.
         """
         try:
+            _check_exists(name_or_folder)
             self._model = SentenceTransformer(name_or_folder, device=device)
         except (OSError, ValueError) as error:
             raise InvalidInputError(
@@ -111,6 +113,8 @@ class TorchEncoder:
         return int(self._model.max_seq_length or 512)
 
     def _lengths(self, texts: Sequence[str]) -> list[int]:
+        if not texts:
+            return []
         encoded = self._model.tokenizer(list(texts), truncation=False, verbose=False)
         return [len(ids) for ids in encoded["input_ids"]]
 
@@ -147,6 +151,23 @@ class TorchMiniLM(TorchEncoder):
         super().__init__(str(folder), POOLED_LAYERS, device, WINDOW_TOKENS)
         self._name = NAME
         self._weights_sha256 = WEIGHTS_SHA256
+
+
+def _check_exists(name_or_folder: str) -> None:
+    """Ask the hub once: sentence-transformers would ask for more than a minute.
+
+    Raises:
+        OSError: neither a folder nor on the hub (nor in its cache, where it cannot be reached).
+        ValueError: not a name that the hub could have.
+    """
+    if name_or_folder and Path(name_or_folder).is_dir():
+        return
+    try:
+        snapshot_download(name_or_folder, allow_patterns=["config.json"])
+    except OSError:
+        if "/" in name_or_folder:
+            raise
+        snapshot_download(f"sentence-transformers/{name_or_folder}", allow_patterns=["config.json"])
 
 
 def _weights_digest(model: SentenceTransformer) -> str:

@@ -203,14 +203,14 @@ def main() -> None:
         seed=options.seed,
     )
     train(model, rows, settings, device)
-    figures = None
     if options.measure:
         torch.compiler.set_stance("force_eager")  # eager is fast enough, and compiles nothing anew
         tuning = Tuning(steps=options.tuning_steps)
         figures = measure(model, options.prepared, tuning, options.measure, options.measured_rows)
+        options.out.mkdir(parents=True, exist_ok=True)
+        written = json.dumps({options.measure: figures}, indent=1)
+        (options.out / "figures.json").write_text(written)
     save_base(model, minilm, options.out)
-    if figures:
-        (options.out / "figures.json").write_text(json.dumps({options.measure: figures}, indent=1))
 
 
 if __name__ == "__main__":

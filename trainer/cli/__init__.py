@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from trainer.cli import evaluation, serving, tasks
+from trainer.cli import demo, evaluation, serving, tasks
 from trainer.cli.console import quiet_libraries
 
 app = typer.Typer(
@@ -16,6 +16,7 @@ app = typer.Typer(
 )
 tasks.add_to(app)
 serving.add_to(app)
+demo.add_to(app)
 app.add_typer(evaluation.app, name="evaluate")
 
 

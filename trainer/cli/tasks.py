@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,6 +26,7 @@ from trainer.cli.console import (
     print_table,
     progress_bars,
 )
+from trainer.commands import Initialisation
 
 if TYPE_CHECKING:
     from router.tasks import TaskRecord
@@ -34,6 +35,17 @@ if TYPE_CHECKING:
     from trainer.workshop import Published, Workshop
 
 TaskName = Annotated[str, typer.Argument(metavar="NAME", help="The task's name.")]
+
+
+@dataclass(frozen=True, slots=True)
+class _Tuning:
+    """What the user said about tuning; None leaves the default."""
+
+    steps: int | None
+    length: int | None
+    learning_rate: float | None
+    initialisation: Initialisation | None
+    seed: int | None
 
 
 def add_to(app: typer.Typer) -> None:
@@ -79,7 +91,7 @@ def register(
     length: Annotated[int | None, typer.Option(help="Virtual tokens of the prompt.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of the tuning.")] = None,
     initialisation: Annotated[
-        str | None, typer.Option(help="Start from: text, vocabulary or random.")
+        Initialisation | None, typer.Option(help="What the soft prompt starts from.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the tuning.")] = None,
     head: Annotated[
@@ -134,13 +146,7 @@ def register(
             base_model,
             requests,
             PolicyChange(head=head, false_reject_rate=false_reject_rate),
-            {
-                "steps": steps,
-                "length": length,
-                "learning_rate": learning_rate,
-                "initialisation": initialisation,
-                "seed": seed,
-            },
+            _Tuning(steps, length, learning_rate, initialisation, seed),
         )
         _print_registered(result, as_json)
 
@@ -270,14 +276,23 @@ def _register(
     base_model: str | None,
     requests: Sequence[RegisterTask],
     change: PolicyChange,
-    tuning: dict[str, object],
+    tuning: _Tuning,
 ) -> Registered:
     from router.bootstrap import load_base_model, load_encoder
     from trainer.register import register as register_tasks
     from trainer.tuning import TuningSettings
     from trainer.workshop import open_workshop
 
-    settings = TuningSettings(**{k: v for k, v in tuning.items() if v is not None})
+    default = TuningSettings()
+    settings = TuningSettings(
+        steps=default.steps if tuning.steps is None else tuning.steps,
+        length=default.length if tuning.length is None else tuning.length,
+        learning_rate=(
+            default.learning_rate if tuning.learning_rate is None else tuning.learning_rate
+        ),
+        initialisation=tuning.initialisation or default.initialisation,
+        seed=default.seed if tuning.seed is None else tuning.seed,
+    )
     wants_prompts = any(request.with_prompt for request in requests)
     with open_workshop(home_folder(home), load_encoder(encoder)) as workshop:
         model = load_base_model(base_model) if wants_prompts else None

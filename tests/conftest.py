@@ -1,0 +1,53 @@
+"""What many tests share: the real encoder, a place that another user can reach, a process to fork."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from router.backends.onnx_encoder import OnnxMiniLM
+from tests.forks import ForkServer
+
+# The machine may be busy, and a slow example is no failure.
+settings.register_profile("promptyard", deadline=None, print_blob=True)
+settings.load_profile("promptyard")
+
+# A name that is not on the hub must not cost a test a minute; libraries draw no bars.
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def encoder() -> OnnxMiniLM:
+    """The embedded encoder as it is served: int8."""
+    return OnnxMiniLM()
+
+
+@pytest.fixture(scope="session")
+def float_encoder() -> OnnxMiniLM:
+    """The embedded encoder in float32."""
+    return OnnxMiniLM("float32")
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[ForkServer]:
+    """Runs functions of `tests.victims` in processes of their own, as any user, to be killed."""
+    with ForkServer() as server:
+        yield server
+
+
+@pytest.fixture
+def public_folder() -> Iterator[Path]:
+    """A folder that every user of the machine can read (pytest's own is closed to others)."""
+    folder = Path(tempfile.mkdtemp(prefix="promptyard-test-"))
+    folder.chmod(0o755)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)

@@ -1,0 +1,195 @@
+"""What evaluation measures: pure functions, each with its formula's source.
+
+Tasks are numbers. A truth of `OUT_OF_SCOPE` is a row that belongs to no task. Shares are fractions.
+A figure that is not defined (the recall of a task without rows) is NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.metrics import roc_auc_score, roc_curve
+
+from router.statistics import ExactArray
+
+OUT_OF_SCOPE = -1
+
+Numbers = NDArray[np.int64]
+
+# Two-sided 95 % of the standard normal distribution.
+_Z_95 = 1.959963984540054
+_TRUE_POSITIVE_RATE = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A confidence interval of a share."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFigures:
+    """One task: its own rows, the rows sent to it, and what they have in common.
+
+    `accuracy` is the share of its rows that were sent to it (its recall), `precision` the share of
+    the rows sent to it that are its own.
+    """
+
+    rows: int
+    routed: int
+    right: int
+    accuracy: float
+    precision: float
+
+
+@dataclass(frozen=True, slots=True)
+class Separation:
+    """How well a score separates in-scope rows (which should have the higher ones) from others."""
+
+    auroc: float
+    fpr_at_95_tpr: float
+
+
+@dataclass(frozen=True, slots=True)
+class StreamFigures:
+    """What a stream of T tasks comes to; see `stream_figures`."""
+
+    accuracy: float
+    backward_transfer: float
+    forgetting: float
+
+
+@dataclass(frozen=True, slots=True)
+class Percentiles:
+    """Percentiles of durations, in milliseconds."""
+
+    p50: float
+    p90: float
+    p99: float
+    highest: float
+
+
+def share(part: int, whole: int) -> float:
+    """`part / whole`, NaN where `whole` is 0."""
+    return part / whole if whole else math.nan
+
+
+def wilson_interval(right: int, rows: int, z: float = _Z_95) -> Interval:
+    """The score interval of a share (Wilson 1927, JASA 22, 209-212). NaN without rows.
+
+    Unlike the normal approximation it stays within [0, 1] and is sound for few rows and for shares
+    near 0 and 1.
+    """
+    if not rows:
+        return Interval(math.nan, math.nan)
+    p = right / rows
+    center = p + z * z / (2 * rows)
+    half = z * math.sqrt(p * (1 - p) / rows + z * z / (4 * rows * rows))
+    scale = 1 + z * z / rows
+    return Interval(max((center - half) / scale, 0.0), min((center + half) / scale, 1.0))
+
+
+def accuracy(truth: Numbers, predicted: Numbers) -> float:
+    """The share of rows `[N]` whose task was found (micro accuracy)."""
+    return share(int((truth == predicted).sum()), len(truth))
+
+
+def confusion(truth: Numbers, predicted: Numbers, tasks: int) -> Numbers:
+    """`[K, K]`: how many rows of task i were sent to task j. Both `[N]` hold task numbers."""
+    matrix = np.zeros((tasks, tasks), np.int64)
+    np.add.at(matrix, (truth, predicted), 1)
+    return matrix
+
+
+def per_task(matrix: Numbers) -> list[TaskFigures]:
+    """The figures of each task of a confusion matrix `[K, K]`."""
+    right, rows, routed = np.diag(matrix), matrix.sum(1), matrix.sum(0)
+    return [
+        TaskFigures(n, sent, hit, share(hit, n), share(hit, sent))
+        for n, sent, hit in zip(rows.tolist(), routed.tolist(), right.tolist(), strict=True)
+    ]
+
+
+def macro_accuracy(tasks: Sequence[TaskFigures]) -> float:
+    """The mean accuracy of the tasks that have rows: every task counts the same."""
+    return mean([task.accuracy for task in tasks])
+
+
+def mean(values: ArrayLike) -> float:
+    """The mean of the values that are defined, NaN where there are none."""
+    array = np.asarray(values, np.float64)
+    known = array[~np.isnan(array)]
+    return float(known.mean()) if known.size else math.nan
+
+
+def confused_pairs(matrix: Numbers, most: int) -> list[tuple[int, int, int]]:
+    """The (task, taken for, rows) off the diagonal of a confusion matrix, most rows first."""
+    pairs = [(int(i), int(j), int(matrix[i, j])) for i, j in np.argwhere(matrix) if i != j]
+    return sorted(pairs, key=lambda pair: (-pair[2], pair[0], pair[1]))[:most]
+
+
+def separation(in_scope: ArrayLike, out_of_scope: ArrayLike) -> Separation:
+    """AUROC, and FPR at 95 % TPR, of scores that should be high in scope and low out of it.
+
+    AUROC is the probability that an in-scope row scores above an out-of-scope one, ties counting
+    half. The second is the share of out-of-scope rows that are let through by the highest threshold
+    that lets at least 95 % of the in-scope rows through (Hendrycks and Gimpel 2017,
+    arXiv:1610.02136; Liang et al. 2018, arXiv:1706.02690). NaN where either side has no rows.
+    """
+    known, unknown = np.asarray(in_scope, np.float64), np.asarray(out_of_scope, np.float64)
+    if not len(known) or not len(unknown):
+        return Separation(math.nan, math.nan)
+    labels = np.repeat([1, 0], [len(known), len(unknown)])
+    scores = np.concatenate([known, unknown])
+    false_rates, true_rates, _ = roc_curve(labels, scores, drop_intermediate=False)
+    enough = int(np.argmax(true_rates >= _TRUE_POSITIVE_RATE))
+    return Separation(float(roc_auc_score(labels, scores)), float(false_rates[enough]))
+
+
+def coverage_and_risk(scores: ArrayLike, right: NDArray[np.bool_]) -> tuple[ExactArray, ExactArray]:
+    """What answering only the k best-scored of N rows costs, for k = 1..N.
+
+    Coverage is k / N, risk the share of wrong ones among those k (El-Yaniv and Wiener 2010, JMLR
+    11, 1605-1641). Rows of equal score come in their own order.
+    """
+    best_first = np.argsort(-np.asarray(scores, np.float64), kind="stable")
+    answered = np.arange(1, len(best_first) + 1)
+    return answered / max(len(best_first), 1), np.cumsum(~right[best_first]) / answered
+
+
+def stream_figures(matrix: ExactArray) -> StreamFigures:
+    """ACC, BWT and forgetting of R `[T, T]`: R[i, j] is the score on task j after task i arrived.
+
+    With 1-based numbers (Lopez-Paz and Ranzato 2017, arXiv:1706.08840; Chaudhry et al. 2018,
+    arXiv:1801.10112):
+
+        ACC        = mean over j of R[T, j]
+        BWT        = mean over i < T of R[T, i] - R[i, i]
+        forgetting = mean over j < T of (max over j <= l < T of R[l, j]) - R[T, j]
+
+    Forgetting below 0 is a gain. Both are 0 for one task, which has nothing to forget; tasks
+    without test rows (NaN columns) count nowhere.
+    """
+    last, earlier = matrix[-1], range(len(matrix) - 1)
+    changes = [last[i] - matrix[i, i] for i in earlier]
+    losses = [matrix[j:-1, j].max() - last[j] for j in earlier]
+    return StreamFigures(
+        mean(last),
+        mean(changes) if changes else 0.0,
+        mean(losses) if losses else 0.0,
+    )
+
+
+def percentiles(seconds: ArrayLike) -> Percentiles:
+    """Percentiles of durations given in seconds, NaN where there are none."""
+    durations = np.asarray(seconds, np.float64) * 1000
+    if not durations.size:
+        return Percentiles(math.nan, math.nan, math.nan, math.nan)
+    p50, p90, p99, highest = np.percentile(durations, [50, 90, 99, 100]).tolist()
+    return Percentiles(p50, p90, p99, highest)
