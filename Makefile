@@ -49,5 +49,13 @@ $(BUF): $(INSTALLED)
 	npm install --prefix $(VENV)/node --no-audit --no-fund --silent @bufbuild/buf@$(BUF_VERSION)
 	@touch $@
 
+bench: bench-route bench-base-model  ## Run the benchmarks (PROMPTYARD_BENCH_DATA for the second)
+
+bench-route: $(INSTALLED)  ## What one Route call costs over the encoder and an empty gRPC call
+	$(BIN)/python tests/benchmarks/bench_route.py
+
+bench-base-model: $(INSTALLED)  ## The base model on the 15-task benchmark (needs a GPU to be quick)
+	$(BIN)/python tests/benchmarks/bench_base_model.py
+
 clean:  ## Remove what the targets made
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

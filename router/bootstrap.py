@@ -62,7 +62,7 @@ def open_router(settings: ServerSettings) -> Iterator[Router]:
     Raises:
         PromptyardError: a model or the catalog cannot be loaded.
     """
-    from router.background import load_background
+    from router.background import measure_background
     from router.live import LiveCatalog
     from router.loading import ServedModels
 
@@ -75,7 +75,7 @@ def open_router(settings: ServerSettings) -> Iterator[Router]:
     models = ServedModels(
         encoder.fingerprint,
         encoder.dimension,
-        load_background(encoder.fingerprint),
+        measure_background(encoder),
         None if base_model is None else base_model.fingerprint,
     )
     # The first run of a graph allocates its memory, which the first caller should not wait for.

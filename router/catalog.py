@@ -207,7 +207,7 @@ class CatalogReader:
         A connection that only reads may not, and cannot read before it is done. Returns whether
         `error` said so and it is done: the user who serves may not be one who may write.
         """
-        if error.sqlite_errorcode != sqlite3.SQLITE_READONLY_ROLLBACK:
+        if not _is_of_killed_write(error):
             return False
         try:
             with contextlib.closing(self._connect("rw")) as connection:
@@ -235,7 +235,7 @@ class CatalogReader:
                 raise self._unreadable(error) from error
 
     def _unreadable(self, error: sqlite3.Error) -> CatalogError:
-        if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_READONLY_ROLLBACK:
+        if _is_of_killed_write(error):
             remedy = "a writer was killed: run `promptyard list` as a user who may write to it"
         else:
             remedy = "check the file and its permissions, or restore it"
@@ -256,3 +256,7 @@ def has_catalog(home: Path) -> bool:
 def schema_version(connection: sqlite3.Connection) -> int:
     """The version that the catalog's file says it has; 0 for a new file."""
     return int(connection.execute("PRAGMA user_version").fetchone()[0])
+
+
+def _is_of_killed_write(error: sqlite3.Error) -> bool:
+    return getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_READONLY_ROLLBACK

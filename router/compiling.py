@@ -67,7 +67,7 @@ def compile_head(
     policy: Policy,
     encoder: str,
     dimension: int,
-    background: Background | None,
+    background: Background,
 ) -> Head:
     """The head for the tasks in `pool`: the same bits for the same tasks in any order."""
     tasks = pool.tasks

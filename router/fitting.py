@@ -3,11 +3,11 @@
 Two kinds:
 
 - `nearest-mean`: cosine to the normalised mean of each task. A row depends on its own task alone.
-- `lda`: linear discriminant analysis over shrunken sub-centroids, as a likelihood ratio against a
-  broad background Gaussian (a relative Mahalanobis distance, Ren et al. 2021, arXiv:2106.09022),
-  plus the cosine to the sub-centroid, each scaled to its spread over the rows of the tasks. The
-  ratio separates tasks from each other, the cosine separates them from what belongs to none;
-  their sum rejects better than either.
+- `lda`: linear discriminant analysis over shrunken sub-centroids. Three terms are added up, each
+  scaled to its spread over the rows of the tasks: the likelihood ratio against a broad Gaussian of
+  text in general (a relative Mahalanobis distance, Ren et al. 2021, arXiv:2106.09022), the
+  discriminant against text in general as one more class, and the cosine. They agree on which task
+  is best and err differently on what belongs to none, so that their sum rejects better than each.
 """
 
 from __future__ import annotations
@@ -65,8 +65,12 @@ def fit_nearest_mean(moments: Moments) -> Fit:
     return Fit((Term(rows),), np.zeros(sums.shape[1]), tasks)
 
 
-def lda_fitter(background: Background | None) -> Fitter:
-    """One row per cluster, two terms: the log-likelihood ratio, and the cosine."""
+def lda_fitter(background: Background) -> Fitter:
+    """One row per cluster, three terms: two log-likelihood ratios, and the cosine.
+
+    The first ratio is against text in general with a covariance of its own, the second against
+    text in general as one more class of the discriminant analysis.
+    """
 
     def fit_lda(moments: Moments) -> Fit:
         tasks, task_number = np.unique(moments.task_of, return_inverse=True)
@@ -75,13 +79,17 @@ def lda_fitter(background: Background | None) -> Fitter:
         mean = _mean(moments)
         precision = _inverse(_regularised(_within_covariance(moments, means, counts), moments))
         general = _inverse(_regularised(_background_covariance(moments, background), moments))
-        weights = (centroids - mean) @ precision
-        biases = -np.einsum("md,md->m", weights, centroids - mean)
-        ratio = np.concatenate([2 * weights, biases[:, None]], axis=1)
+        discriminant = _discriminant(centroids - mean, precision)
+        general_row = _discriminant(background.mean[None] - mean, precision)
         cosines = _unit(centroids)
         # The search is over centred embeddings: c.x = c.(x - mean) + c.mean
         cosine = np.concatenate([cosines, (cosines @ mean)[:, None]], axis=1)
-        return Fit((Term(ratio, precision - general), Term(cosine)), mean, moments.task_of)
+        terms = (
+            Term(discriminant, precision - general),
+            Term(discriminant - general_row),
+            Term(cosine),
+        )
+        return Fit(terms, mean, moments.task_of)
 
     return fit_lda
 
@@ -147,12 +155,17 @@ def _within_covariance(moments: Moments, means: ExactArray, counts: ExactArray) 
     return np.asarray(scatter / max(counts.sum() - len(counts), 1.0))
 
 
-def _background_covariance(moments: Moments, background: Background | None) -> ExactArray:
-    """The covariance of text in general: half what the tasks' rows say, half what is shipped."""
+def _discriminant(centered: ExactArray, precision: ExactArray) -> ExactArray:
+    """Rows `[M, D + 1]` of twice the log-likelihood of centred centroids, up to what they share."""
+    weights = centered @ precision
+    biases = -np.einsum("md,md->m", weights, centered)
+    return np.concatenate([2 * weights, biases[:, None]], axis=1)
+
+
+def _background_covariance(moments: Moments, background: Background) -> ExactArray:
+    """The covariance of text in general: half what the tasks' rows say, half the background's."""
     mean = _mean(moments)
     overall = moments.gram / moments.counts.sum() / FIXED_POINT**2 - np.outer(mean, mean)
-    if background is None:
-        return np.asarray(overall)
     gap = background.mean - mean
     return np.asarray((overall + background.covariance + np.outer(gap, gap)) / 2)
 

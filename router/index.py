@@ -33,15 +33,24 @@ class CentroidIndex:
         ordered by task number.
         """
         wanted = int(self._rows_before_kth_task[k - 2]) + 1 if k > 1 else 1
-        scores, rows = self._index.search(np.ascontiguousarray(queries, dtype=np.float32), wanted)
+        scores, rows = self._best_rows(np.ascontiguousarray(queries, dtype=np.float32), wanted)
         tasks = self._row_task[rows]
-        # faiss returns equal scores in any order.
         order = np.lexsort((tasks, -scores))
         scores = np.take_along_axis(scores, order, 1)
         tasks = np.take_along_axis(tasks, order, 1)
         if self._tasks == len(self._row_task):
-            return scores, tasks
+            return scores[:, :k], tasks[:, :k]
         return _best_per_task(scores, tasks, k)
+
+    def _best_rows(self, queries: FloatArray, wanted: int) -> tuple[FloatArray, NDArray[np.int64]]:
+        """The best rows of each query, at least `wanted`: scores and row numbers `[B, N]`.
+
+        Of equal scores faiss returns any: where the cut would go through some, take all rows.
+        """
+        scores, rows = self._index.search(queries, min(wanted + 1, len(self._row_task)))
+        if (scores[:, wanted:] == scores[:, wanted - 1 : wanted]).any():
+            scores, rows = self._index.search(queries, len(self._row_task))
+        return scores, rows
 
 
 def _best_per_task(

@@ -35,7 +35,7 @@ class ServedModels:
 
     encoder: str
     dimension: int
-    background: Background | None = field(default=None, repr=False)
+    background: Background = field(repr=False)
     base_model: str | None = None
 
 

@@ -18,7 +18,7 @@ from router.interfaces import FloatArray
 from router.tasks import TaskKey
 
 FIXED_POINT = float(1 << 15)
-FOLDS = 5
+FOLDS = 10
 
 ExactArray = NDArray[np.float64]
 

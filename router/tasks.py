@@ -7,9 +7,12 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
 
 from router.errors import CorruptArtifactError, InvalidInputError
-from router.interfaces import FloatArray
+
+if TYPE_CHECKING:  # a client loads no numpy for these values
+    from router.interfaces import FloatArray
 
 MAX_TASK_NAME_CHARACTERS = 100
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

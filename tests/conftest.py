@@ -1,4 +1,4 @@
-"""What many tests share: the real encoder, a place that another user can reach, a process to fork."""
+"""What many tests share: the real encoder, a folder for other users, a process to fork."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from threadpoolctl import threadpool_limits
 
 from router.backends.onnx_encoder import OnnxMiniLM
 from tests.forks import ForkServer
@@ -21,6 +22,13 @@ settings.load_profile("promptyard")
 # A name that is not on the hub must not cost a test a minute; libraries draw no bars.
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread_for_linear_algebra() -> Iterator[None]:
+    """OpenBLAS's threads wait for each other spinning: on a busy machine that costs minutes."""
+    with threadpool_limits(1, user_api="blas"):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -24,29 +24,35 @@ class Fork:
 
     def __init__(self, server: ForkServer, pid: int) -> None:
         self._server = server
-        self.pid = pid
+        self._pid = pid
+        self.status: int | None = None
 
-    def lines(self) -> Iterator[Any]:
-        """What the function reports, one JSON value a line, until the process has ended."""
-        while True:
+    def reports(self) -> Iterator[Any]:
+        """What the function reports, until the process has ended."""
+        while self.status is None:
             message = self._server.receive()
-            if "status" in message:
-                self.status = int(message["status"])
-                return
-            yield message["report"]
+            if "ended" in message:
+                self._server.send("reap")
+                self.status = int(self._server.receive()["status"])
+            else:
+                yield message["report"]
 
     def kill(self) -> None:
-        """SIGKILL. The process stays a zombie until `lines` are read, so that the id is its own."""
-        os.kill(self.pid, signal.SIGKILL)
+        """SIGKILL. Until its reports are read, an ended process is a zombie that keeps its id."""
+        assert self.status is None
+        os.kill(self._pid, signal.SIGKILL)
 
     @property
     def was_killed(self) -> bool:
-        """Whether a SIGKILL ended it; only known after `lines`."""
+        """Whether a SIGKILL ended it; known when its reports are read."""
+        assert self.status is not None
         return os.WIFSIGNALED(self.status) and os.WTERMSIG(self.status) == signal.SIGKILL
 
 
 class ForkServer:
     """Starts the forked processes, one at a time."""
+
+    _fork: Fork | None = None
 
     def __enter__(self) -> ForkServer:
         self._process = subprocess.Popen(
@@ -54,7 +60,13 @@ class ForkServer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=_ROOT,
-            env={**os.environ, "PYTHONPATH": str(_ROOT)},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join([str(_ROOT), *sys.path]),
+                # Threads that wait for each other spinning would make a busy machine busier.
+                "OPENBLAS_NUM_THREADS": "1",
+                "OMP_NUM_THREADS": "1",
+            },
         )
         assert self.receive() == {"report": "ready"}
         return self
@@ -68,17 +80,25 @@ class ForkServer:
 
     def start(self, function: str, *arguments: object, user: int | None = None) -> Fork:
         """Run a function of `tests.victims` in a process of its own, as that user."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps([function, arguments, user]).encode() + b"\n")
-        self._process.stdin.flush()
-        return Fork(self, self.receive()["pid"])
+        if self._fork is not None and self._fork.status is None:  # its test has failed
+            self._fork.kill()
+            list(self._fork.reports())
+        self.send([function, arguments, user])
+        self._fork = Fork(self, self.receive()["pid"])
+        return self._fork
 
     def call(self, function: str, *arguments: object, user: int | None = None) -> list[Any]:
         """Run it to its end, and return what it reports."""
         fork = self.start(function, *arguments, user=user)
-        reports = list(fork.lines())
+        reports = list(fork.reports())
         assert fork.status == 0, reports
         return reports
+
+    def send(self, message: object) -> None:
+        """One message to the server."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(message).encode() + b"\n")
+        self._process.stdin.flush()
 
     def receive(self) -> Any:
         """The next message of the server or its child."""
@@ -90,7 +110,7 @@ class ForkServer:
 
 def report(value: object) -> None:
     """Tell the test something: one write, whole or not at all."""
-    os.write(1, json.dumps({"report": value}).encode() + b"\n")
+    _send({"report": value})
 
 
 def _child(function: str, arguments: list[Any], user: int | None) -> None:
@@ -107,9 +127,11 @@ def _serve() -> None:
     from tests import victims  # noqa: F401 - imported once, for all children
 
     report("ready")
-    for line in sys.stdin.buffer:
+    while line := sys.stdin.buffer.readline():
+        started, start = os.pipe()
         pid = os.fork()
         if pid == 0:
+            os.read(started, 1)  # the parent's first message comes before ours
             status = 1
             try:
                 _child(*json.loads(line))
@@ -118,9 +140,18 @@ def _serve() -> None:
                 traceback.print_exc()
             finally:
                 os._exit(status)
-        os.write(1, json.dumps({"pid": pid}).encode() + b"\n")
-        _, status = os.waitpid(pid, 0)
-        os.write(1, json.dumps({"status": status}).encode() + b"\n")
+        _send({"pid": pid})
+        os.write(start, b".")
+        os.close(started)
+        os.close(start)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        _send({"ended": pid})
+        sys.stdin.buffer.readline()
+        _send({"status": os.waitpid(pid, 0)[1]})
+
+
+def _send(message: object) -> None:
+    os.write(1, json.dumps(message).encode() + b"\n")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from trainer.manifest import read_manifest
 from trainer.prompt_quality import same_text
 from trainer.register import Progress, Registered, register
 from trainer.tuning import TuningSettings
-from trainer.workshop import Workshop, open_workshop
+from trainer.workshop import Workshop
 
 EXAMPLES = Path(__file__).parent / "examples"
 
@@ -140,7 +140,7 @@ def run_demo(
     began = time.perf_counter()
     requests = read_manifest(EXAMPLES / "manifest.yaml")
     say(f"[1/4] registering {len(requests)} tasks, tuned together")
-    with open_workshop(home, encoder) as workshop:
+    with Workshop(home, encoder) as workshop:
         registered = register(
             workshop, requests, base_model, TuningSettings(), PolicyChange(), progress
         )

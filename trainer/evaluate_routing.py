@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from router.background import load_background
+from router.background import measure_background
 from router.catalog import CatalogReader
 from router.decision import Outcome
-from router.errors import InvalidInputError
+from router.errors import InvalidInputError, shorten
 from router.interfaces import Embeddings, Encoder
 from router.loading import ServedModels, SnapshotLoader
 from router.snapshot import Snapshot
@@ -63,7 +62,7 @@ class ConfusedPair:
 
 @dataclass(frozen=True, slots=True)
 class RoutingError:
-    """An in-scope row whose best-scoring task is wrong. `text` is shortened by the reports."""
+    """An in-scope row whose best-scoring task is wrong. `text` is shortened."""
 
     number: int
     text: str
@@ -136,7 +135,7 @@ def load_snapshot(home: Path, encoder: Encoder, base_model: str | None = None) -
         PromptyardError: there is no catalog, it has no live task, or it was made for other models.
     """
     models = ServedModels(
-        encoder.fingerprint, encoder.dimension, load_background(encoder.fingerprint), base_model
+        encoder.fingerprint, encoder.dimension, measure_background(encoder), base_model
     )
     with CatalogReader(home) as catalog:
         snapshot = SnapshotLoader(home, models).load(catalog, catalog.newest_revision(), None)
@@ -275,11 +274,11 @@ def _outcomes(decisions: Sequence[RoutedText]) -> dict[str, int]:
 def _error(routed: RoutedText) -> RoutingError:
     return RoutingError(
         routed.row.number,
-        routed.row.text,
+        shorten(routed.row.text),
         str(routed.row.task),
         routed.best,
         routed.outcome.value,
         routed.score,
-        routed.margin if math.isfinite(routed.margin) else math.nan,
+        routed.margin,
         routed.threshold,
     )

@@ -119,7 +119,7 @@ def task_names(labels: Iterable[str]) -> Mapping[str, str]:
     names: dict[str, str] = {}
     taken: dict[str, str] = {}
     for label in sorted(set(labels)):
-        name = check_task_name(_NOT_IN_NAMES.sub("-", label).strip("-._") or label)
+        name = check_task_name(_valid_name(label) or label)
         if name in taken:
             raise InvalidInputError(
                 "task name",
@@ -128,3 +128,9 @@ def task_names(labels: Iterable[str]) -> Mapping[str, str]:
             )
         names[label], taken[name] = name, label
     return names
+
+
+def _valid_name(label: str) -> str:
+    """`label` where it can be a name, otherwise what it has of one."""
+    replaced = _NOT_IN_NAMES.sub("-", label)
+    return label if replaced == label and label[0].isalnum() else replaced.strip("-._")

@@ -34,6 +34,8 @@ _MAX_POSITIONS = {"cpu": 2048, "cuda": 32_768}
 # Padding that costs less than the fixed work of one more forward and backward pass.
 _MAX_PADDING = {"cpu": 96, "cuda": 8192}
 _MAX_WARMUP_SHARE = 0.1
+# With more labels, each row is compared with a sample of them: time and memory stay bounded.
+_MAX_OTHER_LABELS = 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +50,11 @@ class TuningSettings:
 
     length: int = 20
     learning_rate: float = 0.03
-    steps: int = 80
-    rows_per_step: int = 16
+    steps: int = 60
+    rows_per_step: int = 8
     warmup_steps: int = 50
     initialisation: Initialisation = "text"
-    validations: int = 8
+    validations: int = 6
     patience: int = 4
     seed: int = 0
 
@@ -148,19 +150,20 @@ class _Task:
                     f"{field} rows of {job.name}", min(strangers), "use one of the labels"
                 )
         self.job = job
-        self._outputs = {text: model.tokenize_output(text) for _, text in job.train}
-        labels = {text: model.tokenize_output(text) for text in job.labels or ()}
-        self.candidates = tuple(labels.values())
-        longest = max(len(ids) for ids in (*self._outputs.values(), *self.candidates))
+        self._output_ids = {
+            text: model.tokenize_output(text)
+            for text in (*(job.labels or ()), *(output for _, output in job.train))
+        }
+        longest = max(len(ids) for ids in self._output_ids.values())
         tokens = model.tokenize_inputs(
             [text for text, _ in job.train],
             [settings.length] * len(job.train),
             [longest] * len(job.train),
         )
         self._inputs = [text.ids for text in tokens]
-        self._schedule = _passes(
-            len(job.train), settings.rows_per_step, f"{settings.seed}/{job.name}"
-        )
+        # Seeded by its name, so that a task meets the same rows alone and beside others.
+        self._random = random.Random(f"{settings.seed}/{job.name}")
+        self._schedule = _passes(len(job.train), settings.rows_per_step, self._random)
         self.prompt = initial_prompt(
             model,
             settings.initialisation,
@@ -192,13 +195,17 @@ class _Task:
 
     def next_rows(self) -> list[_TrainingRow]:
         """The rows of the next step."""
-        rows = []
-        for i in next(self._schedule):
-            output = self.job.train[i][1]
-            rows.append(
-                _TrainingRow(self, Row(self.prompt, self._inputs[i]), self._outputs[output])
-            )
-        return rows
+        return [
+            _TrainingRow(self, Row(self.prompt, self._inputs[i]), self._candidates(i))
+            for i in next(self._schedule)
+        ]
+
+    def _candidates(self, i: int) -> list[tuple[int, ...]]:
+        right = self.job.train[i][1]
+        others = [label for label in self.job.labels or () if label != right]
+        if len(others) > _MAX_OTHER_LABELS:
+            others = self._random.sample(others, _MAX_OTHER_LABELS)
+        return [self._output_ids[label] for label in (right, *others)]
 
     def stepped(self, loss: float) -> None:
         """Take the mean training loss of a step."""
@@ -236,9 +243,11 @@ class _Task:
 
 @dataclass(frozen=True, slots=True)
 class _TrainingRow:
+    """One row of a step. The first of `candidates` is the right output."""
+
     task: _Task
     row: Row
-    output: tuple[int, ...]
+    candidates: Sequence[tuple[int, ...]]
 
 
 def _descend(
@@ -288,25 +297,17 @@ def _accumulate_gradients(model: TorchLanguageModel, rows: Sequence[_TrainingRow
         task.stepped(sums[id(task)])
 
 
-import os  # EXPERIMENT
-
-OBJ = os.environ.get("OBJ", "nll")
-LAM = float(os.environ.get("LAM", "1"))
-
-
 def _losses(model: TorchLanguageModel, rows: Sequence[_TrainingRow]) -> Tensor:
-    if OBJ == "nll":
-        return model.negative_log_likelihood(
-            [row.row for row in rows], [row.output for row in rows]
-        )
-    cand = [row.task.candidates or (row.output,) for row in rows]
-    scores = model.log_likelihoods([r.row for r in rows], cand)
-    gold = [c.index(r.output) for c, r in zip(cand, rows)]
-    ce = torch.stack([-s.log_softmax(0)[g] for s, g in zip(scores, gold)])
-    nll = torch.stack([-s[g] for s, g in zip(scores, gold)])
-    if OBJ == "ce":
-        return ce
-    return nll + LAM * ce
+    """Loss per row `[B]`: to write the right output, and to prefer it to the other labels.
+
+    The second term is cross-entropy over the labels' scores, which is what answers are chosen by;
+    without it a prompt learns how often labels occur sooner than how to tell them apart. It is
+    zero where the outputs are free text.
+    """
+    scores = model.log_likelihoods([row.row for row in rows], [row.candidates for row in rows])
+    right = torch.stack([of_row[0] for of_row in scores])
+    preferred = torch.stack([of_row.log_softmax(0)[0] for of_row in scores])
+    return -(right + preferred)
 
 
 def _validate(model: TorchLanguageModel, tasks: Sequence[_Task]) -> None:
@@ -326,9 +327,8 @@ def _validation_steps(settings: TuningSettings) -> set[int]:
     return {round(settings.steps * (k + 1) / count) - 1 for k in range(count)}
 
 
-def _passes(rows: int, per_step: int, seed: str) -> Iterator[list[int]]:
+def _passes(rows: int, per_step: int, generator: random.Random) -> Iterator[list[int]]:
     """Row numbers for each step: pass after pass through all rows, each in a new order."""
-    generator = random.Random(seed)
     waiting: list[int] = []
     while True:
         while len(waiting) < per_step:

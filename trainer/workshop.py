@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from router.background import load_background
+from router.background import measure_background
 from router.catalog import ARTIFACTS_FOLDER, HEADS_FOLDER
 from router.compiling import HEAD_KINDS, changed_decisions, compile_head
 from router.errors import CorruptArtifactError, InvalidInputError
@@ -40,13 +40,13 @@ class Workshop:
     Statistics of tasks are cached in memory: many registrations in one process read each task once.
     """
 
-    def __init__(self, home: Path, encoder: Encoder, background: Background | None) -> None:
+    def __init__(self, home: Path, encoder: Encoder) -> None:
         self.home = home
         self.encoder = encoder
         self.catalog = CatalogWriter(home)
         self.artifacts = ArtifactWriter(home / ARTIFACTS_FOLDER)
         self._heads = ArtifactWriter(home / HEADS_FOLDER)
-        self._background = background
+        self._background: Background | None = None
         self._pool = PooledMoments(encoder.dimension)
         self._statistics: dict[TaskKey, TaskStatistics] = {}
 
@@ -140,7 +140,7 @@ class Workshop:
                 policy=policy,
                 encoder=self.encoder.fingerprint,
                 dimension=self.encoder.dimension,
-                background=self._background,
+                background=self._measured_background(),
             )
             changed = self._changed(parent, head)
             revision = catalog.append(
@@ -162,6 +162,11 @@ class Workshop:
             self._statistics.pop(record.key, None)
         unpublished = {record.key for record in records}
         self._pool.update(task for task in self._pool.tasks if task.key not in unpublished)
+
+    def _measured_background(self) -> Background:
+        if self._background is None:
+            self._background = measure_background(self.encoder)
+        return self._background
 
     def _task_statistics(self, key: TaskKey, new: Mapping[TaskKey, TaskRecord]) -> TaskStatistics:
         if key not in self._statistics:
@@ -200,8 +205,3 @@ class Workshop:
         if old not in recent:
             with contextlib.suppress(OSError):
                 self._heads.path(old).unlink()
-
-
-def open_workshop(home: Path, encoder: Encoder) -> Workshop:
-    """The workshop of a home folder, with the background that is shipped for the encoder."""
-    return Workshop(home, encoder, load_background(encoder.fingerprint))

@@ -12,12 +12,14 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, cast
+from typing import ClassVar, Self, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import (
+    Cache,
+    EncoderDecoderCache,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -47,16 +49,17 @@ class Started:
     """
 
     next_logits: Tensor
-    cache: Any
+    cache: Cache
     mask: Tensor
     encoded: Tensor | None = None
 
     def select(self, rows: Tensor) -> Started:
-        """The rows of these indices `[N]`, repeats allowed. Changes the cache: use only once."""
-        self.cache.batch_select_indices(rows)
+        """The rows of these indices `[N]`, repeats allowed."""
+        cache = _shallow_copy(self.cache)
+        cache.batch_select_indices(rows)
         return Started(
             self.next_logits,
-            self.cache,
+            cache,
             self.mask[rows],
             None if self.encoded is None else self.encoded[rows],
         )
@@ -270,7 +273,7 @@ class TorchLanguageModel(ABC):
         """Log p of each row's candidate outputs: `candidates[i]` `[C_i]` -> `[C_i]`, in nats.
 
         Each input is read once and its cache repeated for its candidates. Differentiable in the
-        prompts as long as the candidates fit one chunk. One batch; memory is the caller's care.
+        prompts. One batch; memory is the caller's care.
         """
         row_of = [i for i, row in enumerate(candidates) for _ in row]
         outputs = [ids for row in candidates for ids in row]
@@ -286,11 +289,9 @@ class TorchLanguageModel(ABC):
             # The end token is never fed: nothing is predicted after it.
             fed = targets[:, :-1].clamp(min=0)
             size = max(1, _MAX_LOGITS // (following * first.shape[1]))
-            chunks = torch.split(torch.arange(len(outputs), device=self.device), size)
             parts = []
-            for chunk in chunks:
-                own = started if chunk is chunks[-1] else copy.deepcopy(started)
-                logits = self._continue(own.select(repeats[chunk]), fed[chunk])
+            for chunk in torch.split(torch.arange(len(outputs), device=self.device), size):
+                logits = self._continue(started.select(repeats[chunk]), fed[chunk])
                 parts.append(token_losses(logits, targets[chunk, 1:]).sum(1))
             totals = totals - torch.cat(parts)
         return list(torch.split(totals, [len(row) for row in candidates]))
@@ -387,6 +388,17 @@ class TorchLanguageModel(ABC):
             )
         # A copy: torch cannot wrap the read-only arrays of a snapshot.
         return torch.tensor(prompt, dtype=torch.float32, device=self.device)
+
+
+def _shallow_copy(cache: Cache) -> Cache:
+    """A cache of the same tensors: selecting its rows and adding to it leave `cache` as it is."""
+    if isinstance(cache, EncoderDecoderCache):
+        return EncoderDecoderCache(
+            _shallow_copy(cache.self_attention_cache), _shallow_copy(cache.cross_attention_cache)
+        )
+    twin = copy.copy(cache)
+    twin.layers = [copy.copy(layer) for layer in cache.layers]
+    return twin
 
 
 def _cpu_multiplies_bfloat16() -> bool:

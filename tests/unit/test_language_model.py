@@ -352,3 +352,37 @@ def test_a_folder_without_weights_or_a_head_is_refused(
 def test_an_unknown_device_is_refused(folders: dict[str, Path]) -> None:
     with pytest.raises(InvalidInputError, match="device"):
         load_language_model(folders["gpt2"], device="abacus")
+
+
+@pytest.fixture(scope="module")
+def embedded() -> TorchLanguageModel:
+    return load_language_model(EMBEDDED_BASE, device="cpu", threads=1)
+
+
+def test_the_embedded_base_model_loads_whole_and_tied(embedded: TorchLanguageModel) -> None:
+    assert (embedded.name, embedded.hidden_size, embedded.window) == ("base", 384, 512)
+    assert embedded.network.get_output_embeddings().weight is (
+        embedded.network.get_input_embeddings().weight
+    )
+    assert {weights.dtype for weights in embedded.network.parameters()} == {torch.float32}
+
+
+def test_the_embedded_base_model_answers_alike_alone_and_in_a_batch(
+    embedded: TorchLanguageModel,
+) -> None:
+    rows = mixed_batch(embedded)
+    together = embedded.score(rows, LABELS)
+    for row, labels, scores in zip(rows, LABELS, together, strict=True):
+        assert_close(embedded.score([row], [labels])[0], scores)
+    assert [embedded.generate([row], 6)[0] for row in rows] == embedded.generate(rows, 6)
+
+
+def test_the_embedded_base_model_frames_text_and_output_as_it_was_trained(
+    embedded: TorchLanguageModel,
+) -> None:
+    start, end = 101, 102  # [CLS] and [SEP]
+    (text,) = embedded.tokenize_inputs(["good film"], [20], [4])
+    assert (text.ids[0], text.ids[-1], len(text.ids)) == (start, end, 4)
+    output = embedded.tokenize_output("positive")
+    assert start not in output
+    assert output[-1] == end

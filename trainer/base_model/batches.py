@@ -17,7 +17,7 @@ LONGEST_PROMPT = 24
 USUAL_PROMPT = 20
 SHORTEST_PROMPT = 8
 
-_WIDTHS = (64, 128, 232)
+_WIDTHS = (48, 72, 104, 144, 232)
 _OUTPUT_WIDTHS = (8, 40)
 _IGNORED = -100
 
@@ -104,7 +104,7 @@ class TrainingRows:
         longest = max(map(len, self.instructions))
         padded = [ids + [PAD] * (longest - len(ids)) for ids in self.instructions]
         self._instructions = put(np.array(padded, np.int64))
-        self._instruction_lengths = put(np.array([len(ids) for ids in self.instructions]))
+        self._instruction_lengths = put(np.array([max(1, len(ids)) for ids in self.instructions]))
         inputs = lengths[stored["input"]]
         outputs = lengths[stored["output"]]
         self._buckets = self._make_buckets(inputs, outputs, weights, batch_tokens)
@@ -157,8 +157,7 @@ class TrainingRows:
         place = position - slot_length - 1  # 0 at the text's first token
         in_text = (place >= 0) & (place < text_length)
         text = self._tokens[(text_start + place).clamp(0, len(self._tokens) - 1)].long()
-        written = self._instructions.shape[1]
-        instruction = self._instructions[task, position.clamp(max=written - 1)]
+        instruction = self._instructions[task, position % self._instruction_lengths[task]]
         tokens = torch.full_like(text, PAD)
         tokens = torch.where(in_slot & ~learned, instruction, tokens)
         tokens = torch.where(place == -1, START, tokens)
@@ -171,13 +170,15 @@ class TrainingRows:
 
     def _draw_slots(self, task: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
         """Whether each slot holds learned vectors, and how long it is. Both [B, 1]."""
-        kind, usual, length = self._uniform(3, len(task), 1)
+        kind, usual, length, form = self._uniform(4, len(task), 1)
         learned = kind < self._slots.learned
         text = ~learned & (kind < self._slots.learned + self._slots.text)
         span = LONGEST_PROMPT - SHORTEST_PROMPT + 1
         varied = (length * span).long() + SHORTEST_PROMPT
         vectors = torch.where(usual < 0.6, USUAL_PROMPT, varied)
-        written = torch.minimum(self._instruction_lengths[task], room)
+        # half of the texts are cut or repeated to a prompt's length, as new prompts begin
+        written = torch.where(form < 0.5, vectors, self._instruction_lengths[task])
+        written = torch.minimum(written, room)
         return learned, torch.where(learned, vectors, torch.where(text, written, 0))
 
     def _outputs(self, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -198,7 +199,7 @@ def _row_weights(
     """Within a family a task counts by the square root of its rows."""
     counts = np.bincount(task, minlength=len(families)).clip(min=1)
     roots = np.sqrt(counts)
-    of_family = {name: 0.0 for name in shares}
+    of_family = dict.fromkeys(shares, 0.0)
     for family, root in zip(families, roots, strict=True):
         if family in of_family:
             of_family[family] += root

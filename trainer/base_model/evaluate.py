@@ -222,27 +222,34 @@ class Benchmark:
         return losses.sum(1)
 
 
+Figures = dict[str, dict[str, dict[str, float]]]
+"""Accuracy by split, by way of prompting, and by task."""
+
+
 def measure(
     model: BartForConditionalGeneration,
-    prepared: Path,
+    tasks: Sequence[BenchmarkTask],
+    splits: Sequence[str],
     tuning: Tuning,
-    split: str = "dev",
     most_rows: int = 500,
     few_rows: int = 80,
-) -> dict[str, dict[str, float]]:
-    """Accuracies by way of prompting and by task, on dev; or on test, for the one model chosen."""
-    benchmark = Benchmark(model, read_benchmark(prepared), most_rows)
+) -> Figures:
+    """Accuracies on each split; prompts are always tuned on train and chosen on dev."""
+    benchmark = Benchmark(model, tasks, most_rows)
     few = Tuning(tuning.length, max(1, tuning.steps // 4), train_rows=few_rows)
-    figures = {
-        "majority": benchmark.majority(split),
-        "no prompt": benchmark.accuracy(benchmark.no_prompts(), split),
-        "instruction": benchmark.accuracy(benchmark.text_prompts(tuning.length), split),
-        f"prompt, {few_rows} rows": benchmark.accuracy(benchmark.tune(few), split),
-        "prompt": benchmark.accuracy(benchmark.tune(tuning), split),
+    prompts = {
+        "no prompt": benchmark.no_prompts(),
+        "instruction as prompt": benchmark.text_prompts(tuning.length),
+        f"prompt tuned on {few_rows} rows": benchmark.tune(few),
+        "tuned prompt": benchmark.tune(tuning),
     }
-    for name, by_task in figures.items():
-        print(f"{split} {name}: mean {mean(by_task):.4f}", flush=True)
-    print({task: round(value, 3) for task, value in figures["prompt"].items()}, flush=True)
+    figures = {}
+    for split in splits:
+        figures[split] = {"majority": benchmark.majority(split)}
+        figures[split] |= {name: benchmark.accuracy(p, split) for name, p in prompts.items()}
+        for name, by_task in figures[split].items():
+            print(f"{split} {name}: mean {mean(by_task):.4f}", flush=True)
+        print({task: round(value, 3) for task, value in by_task.items()}, flush=True)
     return figures
 
 
@@ -258,7 +265,9 @@ def main() -> None:
     )
     parser.add_argument("model", type=Path, help="folder of the base model")
     parser.add_argument("prepared", type=Path, help="folder that `prepare` wrote")
-    parser.add_argument("--split", choices=("dev", "test"), default="dev")
+    parser.add_argument(
+        "--splits", nargs="+", choices=("dev", "test"), default=["dev"], help="what to report on"
+    )
     parser.add_argument("--steps", type=int, default=Tuning().steps)
     parser.add_argument("--rows", type=int, default=500, help="at most so many rows a task")
     parser.add_argument("--figures", type=Path, help="write the accuracies to this JSON file")
@@ -266,9 +275,10 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForSeq2SeqLM.from_pretrained(options.model, dtype=torch.float32).to(device)
     tuning = Tuning(steps=options.steps)
-    figures = measure(model, options.prepared, tuning, options.split, options.rows)
+    tasks = read_benchmark(options.prepared)
+    figures = measure(model, tasks, options.splits, tuning, options.rows)
     if options.figures:
-        options.figures.write_text(json.dumps({options.split: figures}, indent=1))
+        options.figures.write_text(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":

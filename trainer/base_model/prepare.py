@@ -33,6 +33,8 @@ LONGEST_INPUT = 200
 LONGEST_OUTPUT = 38
 LONGEST_INSTRUCTION = 60
 
+_EMBEDDED_TOKENS = 64
+
 _BENCHMARK_ROWS = {"train": 4600, "dev": 500, "test": 500}
 _LONG_TASKS = ("BoolQA", "MultiRC", "IMDB")
 _COPA_INSTRUCTION = "Which choice is more plausible? Choose A or B."
@@ -158,7 +160,7 @@ class Embedder:
         for start in range(0, len(new), 64):
             batch = new[start : start + 64]
             encodings = self._tokenizer.encode_batch(batch)
-            width = min(128, max(len(encoding.ids) for encoding in encodings))
+            width = min(_EMBEDDED_TOKENS, max(len(encoding.ids) for encoding in encodings))
             ids = torch.zeros(len(batch), width, dtype=torch.long)
             for line, encoding in zip(ids, encodings, strict=True):
                 kept = encoding.ids[:width]

@@ -1,8 +1,8 @@
 """The base model before training: BART's architecture with MiniLM's weights.
 
 BERT's layers map one to one onto BART's encoder, so the encoder computes what MiniLM computes. The
-decoder's three layers begin as copies of MiniLM's layers 0, 2 and 5; their cross-attention begins as
-the same layer's self-attention. One embedding serves the encoder, the decoder and the output.
+decoder's three layers begin as copies of MiniLM's layers 0, 2 and 5; their cross-attention begins
+as the same layer's self-attention. One embedding serves the encoder, the decoder and the output.
 """
 
 from __future__ import annotations
@@ -13,8 +13,13 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import BartConfig, BartForConditionalGeneration, BertModel, BertTokenizer
-from transformers import GenerationConfig
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertModel,
+    BertTokenizer,
+    GenerationConfig,
+)
 
 PAD, START, END = 0, 101, 102
 """[PAD]; [CLS], which starts inputs and outputs; [SEP], which ends them."""

@@ -105,7 +105,7 @@ def register(
     base_model: BaseModel = DEFAULT_BASE_MODEL,
     as_json: AsJson = False,
 ) -> None:
-    r"""Add a task (or several) from labelled rows, without touching the old ones.
+    """Add a task (or several) from labelled rows, without touching the old ones.
 
     \b
     promptyard register refunds --data refunds.jsonl --instruction "Approve or reject?"
@@ -113,7 +113,7 @@ def register(
     promptyard register refunds --revise --data more.jsonl
 
     Rows are {"input": ..., "output": ...}. Running servers pick the new task up by themselves.
-    """
+    """  # noqa: D301 - \b keeps click from joining the lines
     with errors_for_people(as_json):
         from trainer.commands import PolicyChange, RegisterTask
         from trainer.data import Fields
@@ -281,7 +281,7 @@ def _register(
     from router.bootstrap import load_base_model, load_encoder
     from trainer.register import register as register_tasks
     from trainer.tuning import TuningSettings
-    from trainer.workshop import open_workshop
+    from trainer.workshop import Workshop
 
     default = TuningSettings()
     settings = TuningSettings(
@@ -294,7 +294,7 @@ def _register(
         seed=default.seed if tuning.seed is None else tuning.seed,
     )
     wants_prompts = any(request.with_prompt for request in requests)
-    with open_workshop(home_folder(home), load_encoder(encoder)) as workshop:
+    with Workshop(home_folder(home), load_encoder(encoder)) as workshop:
         model = load_base_model(base_model) if wants_prompts else None
         with progress_bars() as progress:
             return register_tasks(
@@ -311,11 +311,11 @@ def _workshop(home: Path | None, encoder: str) -> Workshop:
     """The workshop of a catalog that exists."""
     from router.bootstrap import load_encoder
     from router.catalog import CatalogReader
-    from trainer.workshop import open_workshop
+    from trainer.workshop import Workshop
 
     folder = home_folder(home)
     CatalogReader(folder).close()
-    return open_workshop(folder, load_encoder(encoder))
+    return Workshop(folder, load_encoder(encoder))
 
 
 def _print_registered(result: Registered, as_json: bool) -> None:

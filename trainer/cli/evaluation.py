@@ -1,0 +1,254 @@
+"""Commands that measure: evaluate routing, answers and stream."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from router.settings import DEFAULT_BASE_MODEL, DEFAULT_ENCODER
+from trainer.cli.console import (
+    AsJson,
+    BaseModel,
+    EncoderName,
+    Home,
+    errors_for_people,
+    home_folder,
+    out,
+    print_table,
+    progress_bars,
+)
+
+if TYPE_CHECKING:
+    from trainer.report import Report
+
+_SHOWN_ROWS = 10
+
+app = typer.Typer(
+    help="Measure routing and answers on labelled files. Nothing that is registered is changed.",
+    no_args_is_help=True,
+)
+
+Data = Annotated[
+    Path, typer.Option(help="Labelled rows to score: .jsonl, .jsonl.gz, .csv or .parquet.")
+]
+ReportFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--report",
+        metavar="DIR",
+        help="Write report.json, report.md, report.html and decisions.csv to this folder.",
+    ),
+]
+InputField = Annotated[str, typer.Option(help="Name of the column with inputs.")]
+TaskField = Annotated[str, typer.Option(help="Name of the column with the rows' tasks.")]
+OutputField = Annotated[str, typer.Option(help="Name of the column with outputs.")]
+OosLabel = Annotated[
+    str, typer.Option(help="The label of rows that belong to no task: out of scope.")
+]
+UnknownAsOos = Annotated[
+    bool,
+    typer.Option(
+        "--unknown-as-oos", help="Rows of tasks that are not there count as out of scope."
+    ),
+]
+RowsPerTask = Annotated[
+    int | None, typer.Option(min=1, help="Score only the first so many rows of each task.")
+]
+OutputTokens = Annotated[
+    int, typer.Option(min=1, max=512, help="Longest answer of a free-text task, in tokens.")
+]
+WithText = Annotated[
+    bool, typer.Option("--with-text", help="Write the inputs to decisions.csv, too.")
+]
+
+
+@app.command()
+def routing(
+    data: Data,
+    report: ReportFolder = None,
+    input_field: InputField = "input",
+    task_field: TaskField = "task",
+    oos_label: OosLabel = "oos",
+    unknown_as_oos: UnknownAsOos = False,
+    rows_per_task: RowsPerTask = None,
+    with_text: WithText = False,
+    home: Home = None,
+    encoder: EncoderName = DEFAULT_ENCODER,
+    as_json: AsJson = False,
+) -> None:
+    """Route labelled rows with the live catalog, and compare with their tasks.
+
+    promptyard evaluate routing --data held-out.jsonl --report out
+    """
+    with errors_for_people(as_json):
+        from router.bootstrap import load_encoder
+        from trainer.evaluate_routing import evaluate_routing, load_snapshot
+        from trainer.evaluation_reports import routing_report
+        from trainer.evaluation_rows import (
+            EvaluationFields,
+            first_of_each_task,
+            match_tasks,
+            read_texts,
+        )
+
+        rows = read_texts(data, EvaluationFields(input_field, task_field), oos_label)
+        loaded = load_encoder(encoder)
+        snapshot = load_snapshot(home_folder(home), loaded)
+        rows = match_tasks(data, rows, snapshot.tasks, unknown_as_oos=unknown_as_oos)
+        with progress_bars() as progress:
+            evaluation = evaluate_routing(
+                snapshot, loaded, first_of_each_task(rows, rows_per_task), progress
+            )
+        _deliver(routing_report(evaluation, data.name), report, as_json, with_text)
+
+
+@app.command()
+def answers(
+    data: Data,
+    report: ReportFolder = None,
+    input_field: InputField = "input",
+    output_field: OutputField = "output",
+    task_field: TaskField = "task",
+    oos_label: OosLabel = "oos",
+    unknown_as_oos: UnknownAsOos = False,
+    rows_per_task: RowsPerTask = None,
+    max_output_tokens: OutputTokens = 64,
+    with_text: WithText = False,
+    home: Home = None,
+    encoder: EncoderName = DEFAULT_ENCODER,
+    base_model: BaseModel = DEFAULT_BASE_MODEL,
+    as_json: AsJson = False,
+) -> None:
+    """Answer labelled rows: as they are routed, under the right task, and without a prompt.
+
+    promptyard evaluate answers --data held-out.jsonl --report out
+
+    A task with a closed set of outputs gets the most probable one; other answers are generated, and
+    must match but for case and white space. Out-of-scope rows are not answered.
+    """
+    with errors_for_people(as_json):
+        from router.bootstrap import load_base_model, load_encoder
+        from router.errors import InvalidInputError
+        from trainer.evaluate_answers import evaluate_answers
+        from trainer.evaluate_routing import decide, embed_texts, load_snapshot
+        from trainer.evaluation_reports import answers_report
+        from trainer.evaluation_rows import (
+            EvaluationFields,
+            first_of_each_task,
+            match_tasks,
+            read_texts,
+        )
+
+        fields = EvaluationFields(input_field, task_field, output_field)
+        rows = read_texts(data, fields, oos_label)
+        loaded, model = load_encoder(encoder), load_base_model(base_model)
+        if model is None:
+            raise InvalidInputError("--base-model", None, "give a base model that answers")
+        snapshot = load_snapshot(home_folder(home), loaded, model.fingerprint)
+        rows = match_tasks(data, rows, snapshot.tasks, unknown_as_oos=unknown_as_oos)
+        rows = first_of_each_task(rows, rows_per_task)
+        with progress_bars() as progress:
+            embeddings = embed_texts(loaded, [row.text for row in rows], progress)
+            decisions = decide(snapshot, rows, embeddings)
+            evaluation = evaluate_answers(snapshot, model, decisions, max_output_tokens, progress)
+        _deliver(answers_report(evaluation, decisions, data.name), report, as_json, with_text)
+
+
+@app.command()
+def stream(
+    train: Annotated[Path, typer.Option(help="Labelled rows that the tasks are made of.")],
+    test: Annotated[Path, typer.Option(help="Labelled rows to score. May be the same file.")],
+    report: ReportFolder = None,
+    text_field: InputField = "text",
+    task_field: TaskField = "label",
+    output_field: OutputField = "output",
+    instruction_field: Annotated[
+        str | None,
+        typer.Option(help="Name of the column with instructions, which prompts start from."),
+    ] = None,
+    order: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The order of the tasks: a JSON list, or one a line. Default: by name.",
+        ),
+    ] = None,
+    oos_label: OosLabel = "oos",
+    unknown_as_oos: UnknownAsOos = False,
+    test_rows_per_task: RowsPerTask = None,
+    no_prompt: Annotated[
+        bool, typer.Option("--no-prompt", help="Register for routing only; outputs are not read.")
+    ] = False,
+    head: Annotated[str | None, typer.Option(help="The head: lda or nearest-mean.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Tuning steps at most.")] = None,
+    max_output_tokens: OutputTokens = 64,
+    with_text: WithText = False,
+    encoder: EncoderName = DEFAULT_ENCODER,
+    base_model: BaseModel = DEFAULT_BASE_MODEL,
+    as_json: AsJson = False,
+) -> None:
+    """Register the tasks of a labelled file one after the other, and score all after each.
+
+    promptyard evaluate stream --train clinc150.jsonl.gz --test clinc150.jsonl.gz --report out
+
+    Works in a scratch home: no catalog of yours is touched. Test rows are only read for scoring.
+    Where rows have a field `split`, rows of the split `test` are the test rows, and all others are
+    training rows, so that one file can be given for both. Training rows that are out of scope, and
+    inputs that are repeated within a task, are left out.
+    """
+    with errors_for_people(as_json):
+        from router.bootstrap import load_base_model, load_encoder
+        from trainer.commands import PolicyChange
+        from trainer.evaluate_stream import StreamFiles, evaluate_stream, read_stream
+        from trainer.evaluation_reports import stream_report
+        from trainer.evaluation_rows import EvaluationFields
+        from trainer.tuning import TuningSettings
+
+        fields = EvaluationFields(
+            text_field, task_field, None if no_prompt else output_field, instruction_field
+        )
+        files = StreamFiles(
+            train, test, fields, oos_label, order, unknown_as_oos, test_rows_per_task
+        )
+        tasks = read_stream(files, with_prompt=not no_prompt)
+        with (
+            tempfile.TemporaryDirectory(prefix="promptyard-stream-") as scratch,
+            progress_bars() as progress,
+        ):
+            evaluation = evaluate_stream(
+                tasks,
+                Path(scratch),
+                load_encoder(encoder),
+                None if no_prompt else load_base_model(base_model),
+                TuningSettings() if steps is None else TuningSettings(steps=steps),
+                PolicyChange(head=head),
+                max_output_tokens,
+                progress,
+            )
+        source = train.name if train == test else f"{train.name} and {test.name}"
+        _deliver(stream_report(evaluation, source), report, as_json, with_text)
+
+
+def _deliver(report: Report, folder: Path | None, as_json: bool, with_text: bool) -> None:
+    """Write the report where that was asked for, and print it."""
+    from trainer.report import to_json, write_report
+
+    written = [] if folder is None else write_report(folder, report, with_text=with_text)
+    if as_json:
+        typer.echo(to_json(report.document), nl=False)
+        return
+    out.print(report.title, style="bold", markup=False, highlight=False)
+    for fact in report.facts:
+        out.print(fact, markup=False, highlight=False)
+    summary, *others = report.tables
+    print_table(summary.columns, summary.rows)
+    for table in others:
+        if table.rows and not table.in_files:
+            more = len(table.rows) - _SHOWN_ROWS
+            title = f"{table.title} ({more} more in the report)" if more > 0 else table.title
+            print_table(table.columns, table.rows[:_SHOWN_ROWS], title=title)
+    for path in written:
+        out.print(f"written: {path}", markup=False, highlight=False)

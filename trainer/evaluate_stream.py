@@ -1,0 +1,352 @@
+"""Evaluates a stream of tasks: they arrive one after the other, and all are scored each time.
+
+Every task is registered through `trainer.register`, in a scratch home. Test rows are only ever
+read for scoring: what a registration sees is a file of the task's own training rows.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from router.errors import InvalidInputError
+from router.interfaces import Encoder, FloatArray, LanguageModel
+from router.snapshot import Snapshot
+from router.statistics import ExactArray
+from trainer import metrics
+from trainer.commands import PolicyChange, RegisterTask
+from trainer.data import Fields
+from trainer.evaluate_answers import DEFAULT_OUTPUT_TOKENS, AnswerEvaluation, evaluate_answers
+from trainer.evaluate_routing import (
+    RejectFigures,
+    RoutedText,
+    RoutingFigures,
+    decide,
+    embed_texts,
+    load_snapshot,
+    reject_figures,
+    routing_figures,
+)
+from trainer.evaluation_rows import (
+    DEFAULT_OUT_OF_SCOPE_LABEL,
+    SPLIT_FIELD,
+    TEST_SPLIT,
+    EvaluationFields,
+    LabelledText,
+    first_of_each_task,
+    match_tasks,
+    read_texts,
+    task_names,
+)
+from trainer.metrics import StreamFigures
+from trainer.register import (
+    MIN_ROWS_FOR_PROMPT,
+    MIN_ROWS_FOR_ROUTING,
+    Progress,
+    register,
+)
+from trainer.tuning import TuningSettings
+from trainer.workshop import Published, Workshop
+
+_FORCED = "evaluation of a stream: every task arrives, whatever its prompt is worth"
+
+
+@dataclass(frozen=True, slots=True)
+class StreamFiles:
+    """Where a stream's rows come from, and which of them are meant.
+
+    Where rows have a `split` field, the training rows are those whose split is not `test`, and the
+    test rows those whose split is `test` (all rows of a test file in which none is). One file can
+    so be both. Training rows with the out-of-scope label are left out. `order` is a file of labels,
+    as a JSON list or one a line; without it the tasks arrive in the order of their names.
+    """
+
+    train: Path
+    test: Path
+    fields: EvaluationFields
+    out_of_scope_label: str = DEFAULT_OUT_OF_SCOPE_LABEL
+    order: Path | None = None
+    unknown_as_oos: bool = False
+    test_rows_per_task: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """The tasks in the order of their arrival, with training rows, and the test rows of all.
+
+    Rows carry task names; `labels` has the label of each name. `out_of_scope_dropped` counts the
+    training rows that were left out, `test_texts_in_train` the test texts that are also training
+    texts.
+    """
+
+    order: tuple[str, ...]
+    train: Mapping[str, Sequence[LabelledText]]
+    test: tuple[LabelledText, ...]
+    labels: Mapping[str, str]
+    out_of_scope_dropped: int
+    test_texts_in_train: int
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """One arrival: what it cost, and what it did.
+
+    `seconds` is the whole registration: reading, embedding, tuning and publishing. `bytes` are what
+    the task added for good (routing rows and prompt), `head_bytes` the compiled head of all tasks.
+    `changed_decisions` counts the held-out rows of older tasks that are decided differently now.
+    """
+
+    task: str
+    rows: int
+    duplicates_dropped: int
+    seconds: float
+    bytes: int
+    head_bytes: int
+    changed_decisions: int
+    prompt_scores: Mapping[str, float] | None
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEvaluation:
+    """What `evaluate_stream` found.
+
+    `matrix` `[T, T]`: R[i, j] is the share of task j's test rows whose best-scoring task is j,
+    after task i arrived; NaN where j had not arrived, or has no test rows. `accuracy_after_each`
+    `[T]` is over the test rows of all tasks that had arrived. `routing`, `reject` and `decisions`
+    are those of the end; `answers` is None for a stream without prompts.
+    """
+
+    stream: Stream
+    encoder: str
+    head: str
+    routing: RoutingFigures
+    reject: RejectFigures | None
+    matrix: ExactArray
+    continual: StreamFigures
+    accuracy_after_each: tuple[float, ...]
+    registrations: tuple[Registration, ...]
+    answers: AnswerEvaluation | None
+    decisions: tuple[RoutedText, ...]
+    seconds: float
+
+
+def read_stream(files: StreamFiles, *, with_prompt: bool) -> Stream:
+    """Read and check the rows of a stream.
+
+    Raises:
+        InvalidInputError: a file or a row cannot be used, a task has too few training rows, a test
+            row's task has none, or the order does not name every task once.
+    """
+    label = files.out_of_scope_label
+    train = [row for row in read_texts(files.train, files.fields, label) if row.split != TEST_SPLIT]
+    test = read_texts(files.test, files.fields, label)
+    if any(row.split == TEST_SPLIT for row in test):
+        test = [row for row in test if row.split == TEST_SPLIT]
+    elif files.train.resolve() == files.test.resolve():
+        raise InvalidInputError(
+            f"{files.test}: field {SPLIT_FIELD!r}",
+            f"no row says {TEST_SPLIT!r}",
+            "give different files, or mark the test rows of the one file",
+        )
+    known = [row for row in train if row.task is not None]
+    _check_sizes(files.train, known, MIN_ROWS_FOR_PROMPT if with_prompt else MIN_ROWS_FOR_ROUTING)
+    names = task_names(str(row.task) for row in known)
+    test = match_tasks(files.test, test, names, unknown_as_oos=files.unknown_as_oos)
+    test = first_of_each_task(test, files.test_rows_per_task)
+    if not any(row.task for row in test):
+        raise InvalidInputError(f"{files.test}", "no in-scope test row", "give some to score")
+    rows_of: dict[str, list[LabelledText]] = {}
+    for row in known:
+        rows_of.setdefault(names[str(row.task)], []).append(row)
+    trained = {row.text for row in known}
+    return Stream(
+        order=tuple(names[task] for task in _order(files.order, names)),
+        train=rows_of,
+        test=tuple(replace(row, task=names[row.task] if row.task else None) for row in test),
+        labels={name: task for task, name in names.items()},
+        out_of_scope_dropped=len(train) - len(known),
+        test_texts_in_train=sum(row.text in trained for row in test),
+    )
+
+
+def evaluate_stream(
+    stream: Stream,
+    scratch: Path,
+    encoder: Encoder,
+    base_model: LanguageModel | None,
+    settings: TuningSettings,
+    change: PolicyChange | None = None,
+    max_output_tokens: int = DEFAULT_OUTPUT_TOKENS,
+    progress: Progress = lambda *_: None,
+) -> StreamEvaluation:
+    """Register the tasks one after the other in `scratch`, an empty folder, and score each time.
+
+    Prompts are tuned where there is a `base_model`. `change` is the catalog's policy.
+
+    Raises:
+        PromptyardError: a task could not be registered.
+    """
+    began = time.perf_counter()
+    embeddings = embed_texts(encoder, [row.text for row in stream.test], progress)
+    registrations: list[Registration] = []
+    scored: list[_Scored] = []
+    with Workshop(scratch / "home", encoder) as workshop:
+        for task in stream.order:
+            progress("tasks", "register", len(registrations), len(stream.order))
+            registration, published = _register(
+                workshop, stream, task, scratch, base_model, settings, change, progress
+            )
+            registrations.append(registration)
+            snapshot = Snapshot.build(published.revision, published.head, {})
+            scored.append(_score(snapshot, stream, len(registrations), embeddings.vectors))
+        progress("tasks", "register", len(registrations), len(stream.order))
+    decisions = decide(snapshot, stream.test, embeddings)
+    matrix = np.stack([arrival.row_of_matrix for arrival in scored])
+    answers = None
+    if base_model is not None:
+        served = load_snapshot(scratch / "home", encoder, base_model.fingerprint)
+        answers = evaluate_answers(served, base_model, decisions, max_output_tokens, progress)
+    return StreamEvaluation(
+        stream=stream,
+        encoder=encoder.fingerprint,
+        head=snapshot.head.kind,
+        routing=routing_figures(decisions, sorted(stream.order)),
+        reject=reject_figures(decisions),
+        matrix=matrix,
+        continual=metrics.stream_figures(matrix),
+        accuracy_after_each=tuple(arrival.accuracy for arrival in scored),
+        registrations=tuple(registrations),
+        answers=answers,
+        decisions=tuple(decisions),
+        seconds=time.perf_counter() - began,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    """Routing after an arrival: R[i, :] `[T]`, and the accuracy over all rows that count yet."""
+
+    row_of_matrix: ExactArray
+    accuracy: float
+
+
+def _score(snapshot: Snapshot, stream: Stream, arrived: int, vectors: FloatArray) -> _Scored:
+    """Score the test rows of the first `arrived` tasks before rejection, as a server would."""
+    number = {name: n for n, name in enumerate(stream.order)}
+    truth = np.array([number.get(str(row.task), metrics.OUT_OF_SCOPE) for row in stream.test])
+    counted = (truth != metrics.OUT_OF_SCOPE) & (truth < arrived)
+    queries, _ = snapshot.head.queries(vectors[counted])
+    _, found = snapshot.index.search(queries, min(2, arrived))
+    best = np.array([number[key.name] for key in snapshot.head.tasks])[found[:, 0]]
+    hits = metrics.per_task(metrics.confusion(truth[counted], best, len(stream.order)))
+    row = np.array([task.accuracy for task in hits])
+    row[arrived:] = np.nan
+    return _Scored(row, metrics.accuracy(truth[counted], best))
+
+
+def _register(
+    workshop: Workshop,
+    stream: Stream,
+    task: str,
+    scratch: Path,
+    base_model: LanguageModel | None,
+    settings: TuningSettings,
+    change: PolicyChange | None,
+    progress: Progress,
+) -> tuple[Registration, Published]:
+    """Register one task from a file of its training rows, as a user would."""
+    rows = stream.train[task]
+    request = RegisterTask(
+        name=task,
+        data=_write_rows(scratch / f"{task}.jsonl", rows),
+        description=stream.labels[task],
+        instruction=next((row.instruction for row in rows if row.instruction), ""),
+        fields=Fields(),
+        with_prompt=base_model is not None,
+        drop_duplicates=True,
+        force=_FORCED if base_model is not None else "",
+    )
+    began = time.perf_counter()
+
+    def tuning(_: str, stage: str, done: int, total: int) -> None:
+        if stage == "tune":
+            progress(task, stage, done, total)
+
+    result = register(workshop, [request], base_model, settings, change, tuning)
+    if result.published is None:
+        raise result.failures[task]
+    seconds = time.perf_counter() - began
+    [record], published = result.records, result.published
+    registration = Registration(
+        task=task,
+        rows=record.data.rows,
+        duplicates_dropped=record.data.duplicates_dropped,
+        seconds=seconds,
+        bytes=sum(
+            workshop.artifacts.path(digest).stat().st_size
+            for digest in (record.embeddings_sha256, record.prompt and record.prompt.sha256)
+            if digest
+        ),
+        head_bytes=len(published.head.to_bytes()),
+        changed_decisions=sum(published.changed_decisions.values()),
+        prompt_scores=record.prompt.scores if record.prompt else None,
+    )
+    return registration, published
+
+
+def _write_rows(path: Path, rows: Sequence[LabelledText]) -> Path:
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps({"input": row.text, "output": row.output}) + "\n")
+    return path
+
+
+def _order(path: Path | None, labels: Iterable[str]) -> list[str]:
+    """The labels as they arrive."""
+    expected = sorted(labels)
+    if path is None:
+        return expected
+    order = _read_order(path)
+    for problem, found in (
+        ("named twice", [label for label, times in Counter(order).items() if times > 1]),
+        ("not in the training rows", sorted(set(order) - set(expected))),
+        ("left out", sorted(set(expected) - set(order))),
+    ):
+        if found:
+            raise InvalidInputError(
+                f"{path}", f"{', '.join(found)} {problem}", "name every task exactly once"
+            )
+    return order
+
+
+def _read_order(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        order = json.loads(text) if text.lstrip().startswith("[") else text.split("\n")
+    except (OSError, ValueError) as error:
+        raise InvalidInputError(
+            f"{path}", error, "give a JSON list of labels, or one label a line"
+        ) from error
+    return [label for label in (str(item).strip() for item in order) if label]
+
+
+def _check_sizes(path: Path, rows: Sequence[LabelledText], least: int) -> None:
+    """Refuse now what the registration of a task would refuse later."""
+    texts: dict[str, set[str]] = {}
+    for row in rows:
+        texts.setdefault(str(row.task), set()).add(row.text)
+    if not texts:
+        raise InvalidInputError(f"{path}", "no in-scope training row", "give some to train on")
+    for task, different in texts.items():
+        if len(different) < least:
+            raise InvalidInputError(
+                f"{path}: task {task!r}",
+                f"{len(different)} different training rows",
+                f"give at least {least}, or leave the task out",
+            )
