@@ -21,7 +21,8 @@ from trainer.cli.console import (
 )
 
 if TYPE_CHECKING:
-    from trainer.demo import Answered, DemoResult
+    from router.tasks import TaskRecord
+    from trainer.demo_result import Answered, DemoResult
 
 _SHOWN_PER_TASK = 3
 _SHOWN_CHARACTERS = 70
@@ -55,30 +56,27 @@ def demo(
             result = run_demo(
                 home or Path(temporary), load_encoder(), base_model, progress, err.print
             )
-        _print(result, show_all)
+        print_result(result, show_all)
         if not result.passed:
             raise typer.Exit(EXIT_FAILED)
 
 
-def _print(result: DemoResult, show_all: bool) -> None:
+def print_result(result: DemoResult, show_all: bool) -> None:
+    """Everything that the demo found, as tables; with `show_all` every held-out input."""
     print_table(
         ["task", "outputs", "validation", "majority", "instruction", "no prompt"],
         [
             [
                 record.name,
                 "free text" if record.outputs is None else len(record.outputs),
-                *(
-                    f"{record.prompt.scores[name]:.0%}"
-                    for name in ("prompt", "majority", "instruction", "no_prompt")
-                    if record.prompt
-                ),
+                *_scores(record),
             ]
             for record in result.registered.records
         ],
         title=f"registered in {result.tuning_seconds:.0f} s",
     )
-    for name, error in result.registered.failures.items():
-        out.print(f"{name} was not registered: {error}", markup=False)
+    for name, error in result.failures.items():
+        out.print(f"{name} was refused, and its inputs count as wrong: {error}", markup=False)
     shown = [a for a in result.answered if show_all or not (a.right and a.rightly_routed)]
     if not show_all:
         shown = _sample(result.answered) + shown
@@ -94,6 +92,12 @@ def _print(result: DemoResult, show_all: bool) -> None:
         [[claim, found, "ok" if holds else "FAILED"] for claim, found, holds in result.checks],
         title=f"checked in {result.seconds:.0f} s",
     )
+
+
+def _scores(record: TaskRecord) -> list[str]:
+    scores = record.prompt.scores if record.prompt else {}
+    columns = ("prompt", "majority", "instruction", "no_prompt")
+    return [f"{scores[name]:.0%}" if name in scores else "-" for name in columns]
 
 
 def _sample(answered: Sequence[Answered]) -> list[Answered]:
@@ -125,7 +129,7 @@ def _print_answers(title: str, rows: Sequence[Answered]) -> None:
 
 
 def _print_accuracy(result: DemoResult) -> None:
-    from trainer.demo import share
+    from trainer.demo_result import share
 
     tasks = sorted({a.row.task for a in result.answered})
     groups = [(name, [a for a in result.answered if a.row.task == name]) for name in tasks]
@@ -138,7 +142,7 @@ def _print_accuracy(result: DemoResult) -> None:
                 len(group),
                 f"{share([a.rightly_routed for a in group]):.1%}",
                 f"{share([a.right for a in group]):.1%}",
-                f"{share([_oracle_right(a) for a in group]):.1%}",
+                f"{share([a.oracle_right for a in group]):.1%}",
             ]
             for name, group in groups
         ],
@@ -146,12 +150,6 @@ def _print_accuracy(result: DemoResult) -> None:
     )
     out.print(f"routing by TF-IDF + logistic regression, same rows: {result.tfidf_routing:.1%}")
     out.print(f"answers of the base model with no prompt: {result.no_prompt:.1%}")
-
-
-def _oracle_right(answered: Answered) -> bool:
-    from trainer.prompt_quality import same_text
-
-    return same_text(answered.oracle, answered.row.output)
 
 
 def _print_out_of_scope(result: DemoResult) -> None:
