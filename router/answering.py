@@ -9,8 +9,6 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from router.batching import BatchLimits, MicroBatcher
 from router.interfaces import Generation, LanguageModel, PromptedInput
 
@@ -105,9 +103,17 @@ class Answerer:
         for row, candidates, scores in zip(
             rows, outputs, self.model.score(inputs, outputs), strict=True
         ):
-            label = candidates[int(np.argmax(scores))]
+            label = candidates[scores.best]
             row.on_piece(label)
-            answers.append(Generation(label, "label", 0, 0, truncated=False))
+            answers.append(
+                Generation(
+                    label,
+                    "label",
+                    scores.input_tokens,
+                    scores.output_tokens[scores.best],
+                    scores.truncated,
+                )
+            )
         return answers
 
 

@@ -66,6 +66,24 @@ class Generation:
     truncated: bool
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Scores:
+    """Log-probabilities `[C]` (nats) of the candidate outputs of one row, and what it took.
+
+    `output_tokens` `[C]` do not count the end token, as those of a `Generation` do not.
+    """
+
+    log_probabilities: FloatArray
+    input_tokens: int
+    output_tokens: tuple[int, ...]
+    truncated: bool
+
+    @property
+    def best(self) -> int:
+        """The index of the most probable output, the first of equals."""
+        return int(np.argmax(self.log_probabilities))
+
+
 class LanguageModel(Protocol):
     """A frozen base model. Rows of one batch may carry different prompts of different lengths."""
 
@@ -83,7 +101,7 @@ class LanguageModel(Protocol):
 
     def score(
         self, inputs: Sequence[PromptedInput], outputs: Sequence[Sequence[str]]
-    ) -> list[FloatArray]:
+    ) -> list[Scores]:
         """Log-probability of each candidate output, per row: `outputs[i]` `[C_i]` -> `[C_i]`.
 
         The sum over the output's tokens and the end token, in nats.

@@ -18,9 +18,9 @@ from router.head import Head
 from router.interfaces import (
     Embeddings,
     FinishReason,
-    FloatArray,
     Generation,
     PromptedInput,
+    Scores,
 )
 from router.routing import Router
 from router.server import RouterServer
@@ -100,11 +100,16 @@ class FakeLanguageModel:
 
     def score(
         self, inputs: Sequence[PromptedInput], outputs: Sequence[Sequence[str]]
-    ) -> list[FloatArray]:
-        """0 for an output that occurs in the text, -1 for the others."""
+    ) -> list[Scores]:
+        """0 for an output that occurs in the text, -1 for the others. A token is a word."""
         self._begin(inputs)
         return [
-            np.array([0.0 if label in item.text else -1.0 for label in labels], np.float32)
+            Scores(
+                np.array([0.0 if label in item.text else -1.0 for label in labels], np.float32),
+                min(len(item.text.split()), WINDOW_WORDS),
+                tuple(len(label.split()) for label in labels),
+                truncated=len(item.text.split()) > WINDOW_WORDS,
+            )
             for item, labels in zip(inputs, outputs, strict=True)
         ]
 

@@ -172,7 +172,7 @@ def _without_prompt(
         if labels is None:
             answer = base_model.generate(bare, _ANSWER_TOKENS)[0].text
         else:
-            answer = labels[int(base_model.score(bare, [labels])[0].argmax())]
+            answer = labels[base_model.score(bare, [labels])[0].best]
         right += same_text(answer, row.output)
     return right / len(rows)
 

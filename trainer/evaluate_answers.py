@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from router.answering import Question
 from router.errors import InvalidInputError, NoPromptError, TaskOutOfServiceError
 from router.interfaces import FloatArray, LanguageModel, PromptedInput
@@ -165,7 +163,7 @@ def _batch(model: LanguageModel, questions: Sequence[Question]) -> list[str]:
         return [generation.text for generation in written]
     outputs = [question.outputs or () for question in questions]
     scores = model.score(inputs, outputs)
-    return [labels[int(np.argmax(row))] for labels, row in zip(outputs, scores, strict=True)]
+    return [labels[row.best] for labels, row in zip(outputs, scores, strict=True)]
 
 
 def _evaluation(model: LanguageModel, rights: Sequence[_Right]) -> AnswerEvaluation:

@@ -29,7 +29,7 @@ from transformers import (
 from router.backends.rows import IGNORED, Row, TextTokens, batches, lay_out, padded, token_losses
 from router.backends.text_pieces import BatchStreamer, CancelledRows, Detokenizer, RowWriter
 from router.errors import IncompatibleModelError, InvalidInputError
-from router.interfaces import FloatArray, Generation, PromptedInput
+from router.interfaces import FloatArray, Generation, PromptedInput, Scores
 
 # Bound memory: positions that one forward pass may hold, and logits (64 M floats are 256 MB).
 _MAX_BATCH_POSITIONS = 8192
@@ -245,12 +245,18 @@ class TorchLanguageModel(ABC):
 
     def score(
         self, inputs: Sequence[PromptedInput], outputs: Sequence[Sequence[str]]
-    ) -> list[FloatArray]:
+    ) -> list[Scores]:
         """Log-probability of each candidate output, per row: `outputs[i]` `[C_i]` -> `[C_i]`."""
         ids_of = {text: self.tokenize_output(text) for texts in outputs for text in texts}
         candidates = [[ids_of[text] for text in texts] for texts in outputs]
         longest = [max((len(ids) for ids in row), default=1) for row in candidates]
-        return self.score_rows([row for row, _ in self._rows(inputs, longest)], candidates)
+        rows = self._rows(inputs, longest)
+        return [
+            Scores(values, len(text.ids), tuple(len(ids) - 1 for ids in labels), text.truncated)
+            for values, labels, (_, text) in zip(
+                self.score_rows([row for row, _ in rows], candidates), candidates, rows, strict=True
+            )
+        ]
 
     def score_rows(
         self, rows: Sequence[Row], candidates: Sequence[Sequence[Sequence[int]]]

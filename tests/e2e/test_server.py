@@ -355,7 +355,16 @@ def test_a_task_with_closed_outputs_answers_with_its_best_label(serving: Serving
     assert piece.piece == "rain"
     assert summary.summary.finish_reason == messages.FINISH_REASON_LABEL
     assert summary.summary.prompt_tokens == 4
+    assert summary.summary.input_tokens == 4
+    assert summary.summary.output_tokens == 1
+    assert not summary.summary.truncated
     assert {event.revision for event in (decision, piece, summary)} == {3}
+
+
+def test_a_text_cut_to_the_base_models_window_is_reported_for_labels_too(serving: Serving) -> None:
+    *_, summary = generate(serving, "the weather brings rain " * 100, task="weather")
+    assert summary.summary.truncated
+    assert summary.summary.input_tokens == 256
 
 
 def test_a_free_text_task_answers_in_pieces(serving: Serving) -> None:

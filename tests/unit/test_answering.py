@@ -55,6 +55,13 @@ async def test_the_most_probable_label_is_the_answer(answerer: Answerer) -> None
     assert (generation.text, generation.finish_reason) == ("rain", "label")
 
 
+async def test_a_label_answer_counts_its_tokens(answerer: Answerer) -> None:
+    _, short = await ask(answerer, question("it will soon rain", ("sun", "soon rain")))
+    assert (short.input_tokens, short.output_tokens, short.truncated) == (4, 2, False)
+    _, long = await ask(answerer, question("rain " * 300, ("sun", "rain")))
+    assert (long.input_tokens, long.output_tokens, long.truncated) == (256, 1, True)
+
+
 async def test_free_text_comes_in_pieces_that_make_up_the_answer(answerer: Answerer) -> None:
     pieces, generation = await ask(answerer, question("two mice"))
     assert pieces == ["TWO ", "MICE "]

@@ -18,13 +18,22 @@ from router.backends.rows import Row, batches
 from router.backends.text_pieces import Detokenizer
 from router.backends.torch_model import TorchLanguageModel
 from router.errors import IncompatibleModelError, InvalidInputError
-from router.interfaces import FloatArray, PromptedInput
+from router.interfaces import FloatArray, PromptedInput, Scores
 from tests.unit.small_models import KINDS, save_small_model
 
 
 def assert_close(found: FloatArray, expected: FloatArray | list[float]) -> None:
     """Float32 sums in another order: how far a log-probability may move with its batch."""
     np.testing.assert_allclose(found, np.asarray(expected), rtol=1e-5, atol=1e-4)
+
+
+def assert_scored_alike(found: Scores, expected: Scores) -> None:
+    """The same tokens, and log-probabilities up to rounding."""
+    assert_close(found.log_probabilities, expected.log_probabilities)
+    assert (found.input_tokens, found.output_tokens) == (
+        expected.input_tokens,
+        expected.output_tokens,
+    )
 
 
 TEXTS = [
@@ -84,14 +93,38 @@ def test_scores_equal_the_one_row_at_a_time_definition(model: TorchLanguageModel
     rows = mixed_batch(model)
     for row, labels, scores in zip(rows, LABELS, model.score(rows, LABELS), strict=True):
         expected = [naive_log_likelihood(model, row, label) for label in labels]
-        assert_close(scores, expected)
+        assert_close(scores.log_probabilities, expected)
+        assert scores.best == int(np.argmax(expected))
+
+
+def test_scores_count_tokens_as_answers_do(model: TorchLanguageModel) -> None:
+    rows = mixed_batch(model)
+    for row, labels, scores in zip(rows, LABELS, model.score(rows, LABELS), strict=True):
+        outputs = [model.tokenize_output(label) for label in labels]
+        length = 0 if row.prompt is None else len(row.prompt)
+        longest = max(len(ids) for ids in outputs)
+        [tokens] = model.tokenize_inputs([row.text], [length], [longest])
+        assert scores.input_tokens == len(tokens.ids)
+        assert scores.truncated == tokens.truncated
+        # The end token does not count, as in `generate`.
+        assert all(ids[-1] in model.end_ids for ids in outputs)
+        assert list(scores.output_tokens) == [len(ids) - 1 for ids in outputs]
+
+
+def test_a_long_input_of_a_label_answer_is_cut_and_reported(model: TorchLanguageModel) -> None:
+    long = "the quick brown fox " * 50
+    inputs = [PromptedInput(long, prompt(model, 5, 1)), PromptedInput("fox", None)]
+    cut, whole = model.score(inputs, [["sport"], ["sport"]])
+    assert (cut.truncated, whole.truncated) == (True, False)
+    room_of_output = len(model.tokenize_output("sport")) if model.shares_window else 0
+    assert cut.input_tokens == model.window - 5 - room_of_output
 
 
 def test_a_mixed_batch_scores_like_its_rows_alone(model: TorchLanguageModel) -> None:
     rows = mixed_batch(model)
     together = model.score(rows, LABELS)
     for row, labels, scores in zip(rows, LABELS, together, strict=True):
-        assert_close(model.score([row], [labels])[0], scores)
+        assert_scored_alike(model.score([row], [labels])[0], scores)
 
 
 def test_scoring_in_chunks_changes_nothing(
@@ -102,7 +135,7 @@ def test_scoring_in_chunks_changes_nothing(
     monkeypatch.setattr("router.backends.torch_model._MAX_LOGITS", 1)
     monkeypatch.setattr("router.backends.torch_model._MAX_BATCH_POSITIONS", 30)
     for expected, found in zip(whole, model.score(rows, LABELS), strict=True):
-        assert_close(found, expected)
+        assert_scored_alike(found, expected)
 
 
 def test_the_trainers_loss_is_the_negative_score(model: TorchLanguageModel) -> None:
@@ -118,7 +151,7 @@ def test_the_trainers_loss_is_the_negative_score(model: TorchLanguageModel) -> N
         for row, text in zip(rows, tokens, strict=True)
     ]
     losses = model.negative_log_likelihood(laid_out, outputs)
-    expected = [float(scores[-1]) for scores in model.score(rows, LABELS)]
+    expected = [float(scores.log_probabilities[-1]) for scores in model.score(rows, LABELS)]
     assert_close(-losses.numpy(), expected)
 
 
@@ -240,7 +273,7 @@ def test_empty_batches_and_empty_candidates_are_fine(model: TorchLanguageModel) 
     assert model.score([], []) == []
     assert model.generate([], 4) == []
     scores = model.score([PromptedInput("", None), PromptedInput("fox", None)], [[], ["sport"]])
-    assert [len(row) for row in scores] == [0, 1]
+    assert [len(row.log_probabilities) for row in scores] == [0, 1]
 
 
 def test_asking_for_no_tokens_is_an_error(model: TorchLanguageModel) -> None:
@@ -373,7 +406,7 @@ def test_the_embedded_base_model_answers_alike_alone_and_in_a_batch(
     rows = mixed_batch(embedded)
     together = embedded.score(rows, LABELS)
     for row, labels, scores in zip(rows, LABELS, together, strict=True):
-        assert_close(embedded.score([row], [labels])[0], scores)
+        assert_scored_alike(embedded.score([row], [labels])[0], scores)
     assert [embedded.generate([row], 6)[0] for row in rows] == embedded.generate(rows, 6)
 
 

@@ -107,7 +107,7 @@ async def test_an_answer_is_a_decision_then_pieces_then_a_summary(router: Router
     decision, piece, summary = await answer(router, "weather with snow")
     assert isinstance(decision, Decision)
     assert piece == "snow"
-    assert summary == AnswerSummary(FinishReason.LABEL, prompt_tokens=4)
+    assert summary == AnswerSummary(FinishReason.LABEL, 3, 4, 1)
 
 
 async def test_a_named_task_is_not_routed_and_has_no_score(

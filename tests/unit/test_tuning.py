@@ -112,7 +112,7 @@ def test_a_tuned_prompt_serves_as_it_was_measured(model: TorchLanguageModel) -> 
     labels = SENTIMENT.labels or ()
     rows = [PromptedInput(text, result.values) for text, _ in SENTIMENT.validation]
     scores = model.score(rows, [labels] * len(rows))
-    answers = [labels[int(row.argmax())] for row in scores]
+    answers = [labels[row.best] for row in scores]
     right = [
         answer == output for answer, (_, output) in zip(answers, SENTIMENT.validation, strict=True)
     ]

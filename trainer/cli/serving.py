@@ -253,7 +253,12 @@ def _answer_fields(text: str, events: Sequence[AnswerEvent]) -> dict[str, object
         **_decision_fields(text, decisions[0]),
         "answer": "".join(event for event in events if isinstance(event, str)),
         "finish": summaries[0].finish_reason.value,
-        "output_tokens": summaries[0].output_tokens,
+        "usage": {
+            "input_tokens": summaries[0].input_tokens,
+            "prompt_tokens": summaries[0].prompt_tokens,
+            "output_tokens": summaries[0].output_tokens,
+            "truncated": summaries[0].truncated,
+        },
     }
 
 
