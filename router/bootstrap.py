@@ -99,21 +99,27 @@ def serve(settings: ServerSettings, announce: Callable[[str], None]) -> None:
     Raises:
         PromptyardError: a model or the catalog cannot be loaded, or the address is in use.
     """
-    from router.server import RouterServer
+    from router.server import RouterServer, check_address
 
+    check_address(settings.listen)
     with open_router(settings) as router:
         server = RouterServer(router, settings, version("promptyard"))
         asyncio.run(server.run(announce))
 
 
-def log_to_stderr() -> None:
-    """Write the log as JSON lines to stderr, so that stdout is for results."""
+def log_to_stderr(least: str = "info") -> None:
+    """Write the log as JSON lines to stderr, so that stdout is for results.
+
+    What is below the level `least` (`info`, `warning`, ...) is left out.
+    """
     structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(least),
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
             structlog.processors.JSONRenderer(ensure_ascii=False),
         ],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        # Looked up for every line: a test or a program may have put another stream in its place.
+        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
     )

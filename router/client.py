@@ -61,13 +61,18 @@ class RouterError(Exception):
     """A call that failed.
 
     `reason` is the name of an ErrorReason where the server gave one (`TASK_NOT_FOUND`), otherwise
-    of the gRPC status (`DEADLINE_EXCEEDED`). `field` is the field at fault, or empty.
+    of the gRPC status (`DEADLINE_EXCEEDED`). `field` is the field at fault, `value` what was found
+    there and `remedy` what to do about it, where the server says so; else they are empty.
     """
 
-    def __init__(self, reason: str, message: str, field: str = "") -> None:
+    def __init__(
+        self, reason: str, message: str, field: str = "", value: str = "", remedy: str = ""
+    ) -> None:
         self.reason = reason
         self.message = message
         self.field = field
+        self.value = value
+        self.remedy = remedy
         super().__init__(f"{reason}: {message}")
 
 
@@ -217,5 +222,6 @@ def _router_error(call: grpc.Call) -> RouterError:
     info = error_details_pb2.ErrorInfo()
     for detail in status.details if status is not None else ():
         if detail.Unpack(info):
-            return RouterError(info.reason, message, info.metadata.get("field", ""))
+            found = (info.metadata.get(key, "") for key in ("field", "value", "remedy"))
+            return RouterError(info.reason, message, *found)
     return RouterError(code.name, message)

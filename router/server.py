@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 
@@ -32,6 +33,30 @@ _KEEPALIVE_SECONDS = 30
 _MIN_CLIENT_PING_SECONDS = 10
 
 _log = structlog.get_logger(__name__)
+
+
+def check_address(listen: str) -> None:
+    """Refuse an address that cannot be listened on, before models are loaded for it.
+
+    Raises:
+        InvalidInputError: no address of this machine, taken, or not ours to take.
+    """
+    host, _, port = listen.rpartition(":")
+    try:
+        found = socket.getaddrinfo(
+            host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        family, kind, protocol, _, address = found[0]
+        with socket.socket(family, kind, protocol) as probe:
+            # As gRPC does it: connections of a server that has just ended are no hindrance.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise InvalidInputError(
+            "listen",
+            f"{listen} ({error.strerror or error})",
+            "choose a free port and an address of this machine",
+        ) from error
 
 
 class RouterServer:

@@ -86,7 +86,9 @@ def test_the_import_contracts_hold() -> None:
     assert "0 broken" in result.stdout
 
 
-@pytest.mark.parametrize("module", ["router", "router.client", "router.errors", "trainer"])
+@pytest.mark.parametrize(
+    "module", ["router", "router.client", "router.errors", "trainer", "trainer.cli"]
+)
 def test_importing_it_loads_nothing_heavy(module: str) -> None:
     found = run_python(f"import {module}, sys; print(*sys.modules)").split()
     assert module in found
@@ -97,6 +99,11 @@ def test_importing_it_loads_nothing_heavy(module: str) -> None:
 def test_the_server_itself_needs_no_deep_learning_library(module: str) -> None:
     found = run_python(f"import {module}, sys; print(*sys.modules)").split()
     assert {"torch", "transformers", "sentence_transformers", "sklearn"}.isdisjoint(found)
+
+
+def test_what_is_refused_at_once_needs_no_model() -> None:
+    found = run_python("import trainer.admission, sys; print(*sys.modules)").split()
+    assert {"torch", "transformers", "onnxruntime", "faiss", "sklearn"}.isdisjoint(found)
 
 
 def test_serving_with_the_embedded_encoder_loads_no_torch() -> None:

@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -92,7 +92,7 @@ def read_labelled(
     return LabelledFile(tuple(examples), hashlib.sha256(content).hexdigest(), len(repeated))
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
+def read_rows(path: Path) -> Generator[tuple[int, Mapping[str, object]]]:
     """The rows of a file as (number from 1, fields).
 
     Raises:
@@ -131,12 +131,14 @@ def read_cell(path: Path, number: int, row: Mapping[str, object], field: str, li
     """
     where = f"{path}: row {number}, field {field!r}"
     value = row.get(field)
-    if value is None:
+    if field not in row:
         raise InvalidInputError(
             where,
             f"missing; the row has {', '.join(map(str, row))}",
-            "say what the columns are called, with --input-field and the like",
+            "add it, or say what the columns are called, with --input-field and the like",
         )
+    if value is None:
+        raise InvalidInputError(where, "no value", "fill it in, or remove the row")
     if not isinstance(value, str | int | float | bool):
         raise InvalidInputError(where, type(value).__name__, "give a text")
     text = str(value).lower() if isinstance(value, bool) else str(value)
@@ -223,12 +225,28 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
     with _open_text(path) as lines:
         rows = csv.DictReader(lines)
         try:
-            yield from enumerate(rows, start=1)
+            for number, row in enumerate(rows, start=1):
+                _check_width(path, rows, number, row)
+                yield number, row
         except csv.Error as error:
             where = f"{path}: line {rows.line_num}"
             raise InvalidInputError(
                 where, error, f"inputs are at most {MAX_INPUT_BYTES} bytes"
             ) from error
+
+
+def _check_width(
+    path: Path, rows: csv.DictReader[str], number: int, row: Mapping[str | None, object]
+) -> None:
+    """Refuse a row with more cells than columns: a text with a comma would be cut in silence."""
+    surplus = row.get(None)
+    if isinstance(surplus, list) and any(cell.strip() for cell in surplus):
+        columns = len(rows.fieldnames or ())
+        raise InvalidInputError(
+            f"{path}: row {number}",
+            f"{columns + len(surplus)} cells under {columns} columns",
+            'put texts that have commas in quotes: "like, this"',
+        )
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:

@@ -29,6 +29,7 @@ from router.decision import Decision
 from router.errors import CatalogError
 from router.interfaces import Encoder, LanguageModel, PromptedInput
 from router.tasks import TaskKey
+from trainer.admission import Registered
 from trainer.commands import PolicyChange, RegisterTask
 from trainer.data import Example, closed_outputs, read_labelled
 from trainer.demo_result import (
@@ -42,7 +43,7 @@ from trainer.demo_result import (
 )
 from trainer.manifest import read_manifest
 from trainer.prompt_quality import same_text
-from trainer.register import Progress, Registered, register
+from trainer.register import Progress, register
 from trainer.tuning import TuningSettings
 from trainer.workshop import Workshop
 

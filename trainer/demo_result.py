@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from router.decision import Decision, Outcome
 from router.errors import PromptyardError
+from trainer.admission import Registered
 from trainer.prompt_quality import same_text
-from trainer.register import Registered
 
 # What must hold, as shares. The figures are those that the project states for this demo.
 LEAST_ROUTING = 0.95

@@ -8,6 +8,7 @@ tasks:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -25,14 +26,21 @@ def read_manifest(path: Path) -> list[RegisterTask]:
     """The tasks of a manifest.
 
     Raises:
-        InvalidInputError: missing, not such a file, or an entry with unknown or missing keys.
+        InvalidInputError: missing, not such a file, an entry with unknown or missing keys, or a
+            name that is given twice.
     """
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise InvalidInputError(f"{path}", "over 16 MiB", "split the manifest")
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInputError(f"{path}", error, "check the path and the file") from error
+    except OSError as error:
+        raise InvalidInputError(
+            f"{path}", error.strerror or error, "check the path and the file"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise InvalidInputError(
+            f"{path}", f"the byte {error.object[error.start]:#04x}", "save the file as UTF-8"
+        ) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2024-13-45; [[[[[...
         raise InvalidInputError(f"{path}", error, "give a YAML file") from error
     entries = document.get("tasks") if isinstance(document, dict) else None
@@ -40,7 +48,21 @@ def read_manifest(path: Path) -> list[RegisterTask]:
         raise InvalidInputError(
             f"{path}", "no list 'tasks'", "list the tasks under the key 'tasks'"
         )
-    return [_request(path, number, entry) for number, entry in enumerate(entries, start=1)]
+    requests = [_request(path, number, entry) for number, entry in enumerate(entries, start=1)]
+    _check_names(path, requests)
+    return requests
+
+
+def _check_names(path: Path, requests: Sequence[RegisterTask]) -> None:
+    numbers: dict[str, int] = {}
+    for number, request in enumerate(requests, start=1):
+        first = numbers.setdefault(request.name, number)
+        if first != number:
+            raise InvalidInputError(
+                f"{path}: task {number}, name",
+                f"{request.name} (as task {first})",
+                "name every task once",
+            )
 
 
 def _request(path: Path, number: int, entry: object) -> RegisterTask:

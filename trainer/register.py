@@ -8,28 +8,24 @@ artifacts; publish. Nothing that is stored already is touched.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from router.errors import (
-    InvalidInputError,
-    PromptyardError,
-    RefusedError,
-    TaskExistsError,
-    TaskNotFoundError,
-)
+from router.errors import InvalidInputError, PromptyardError, RefusedError
 from router.interfaces import Embeddings, LanguageModel
 from router.loading import CLUSTERS_TENSOR, EMBEDDINGS_TENSOR, PROMPT_TENSOR
 from router.statistics import to_fixed_point
 from router.tasks import PromptSummary, TaskRecord, check_task_name
+from trainer.admission import Registered, next_revision
 from trainer.catalog_writer import now
 from trainer.clustering import cluster
 from trainer.commands import PolicyChange, RegisterTask
 from trainer.data import Example, LabelledFile, closed_outputs, read_labelled, split, summarise
 from trainer.tuning import TunedPrompt, TuningFailure, TuningJob, TuningSettings, tune
-from trainer.workshop import Published, Workshop
+from trainer.workshop import Workshop
 
 MIN_ROWS_FOR_ROUTING = 2
 MIN_ROWS_FOR_PROMPT = 8
@@ -49,15 +45,6 @@ class Prepared:
     outputs: tuple[str, ...] | None
     train: Sequence[Example]
     validation: Sequence[Example]
-
-
-@dataclass(frozen=True, slots=True)
-class Registered:
-    """What became of a registration."""
-
-    records: tuple[TaskRecord, ...]
-    failures: Mapping[str, PromptyardError]
-    published: Published | None
 
 
 def register(
@@ -95,12 +82,14 @@ def register(
     if not records:
         return Registered((), failures, None)
     progress("", "publish", 0, 1)
-    published = workshop.publish(
-        "revise" if all(record.revision > 1 for record in records) else "register",
-        records=tuple(records),
-        live={record.name: record.revision for record in records},
-        change=change,
-    )
+    # OpenBLAS's threads wait for one another actively: beside other load that costs minutes.
+    with threadpool_limits(1, user_api="blas"):
+        published = workshop.publish(
+            "revise" if all(record.revision > 1 for record in records) else "register",
+            records=tuple(records),
+            live={record.name: record.revision for record in records},
+            change=change,
+        )
     progress("", "publish", 1, 1)
     return Registered(tuple(records), failures, published)
 
@@ -114,7 +103,7 @@ def prepare(workshop: Workshop, request: RegisterTask) -> Prepared:
         TaskNotFoundError: `revise` is set, and the task does not exist.
     """
     check_task_name(request.name)
-    revision = next_revision(workshop, request)
+    revision = next_revision(workshop.catalog.newest_record(request.name), request)
     file = read_labelled(
         request.data,
         request.fields,
@@ -135,18 +124,6 @@ def prepare(workshop: Workshop, request: RegisterTask) -> Prepared:
     return Prepared(request, revision, file, outputs, train, validation)
 
 
-def next_revision(workshop: Workshop, request: RegisterTask) -> int:
-    """The revision that the request makes."""
-    newest = workshop.catalog.newest_record(request.name)
-    if newest and not request.revise:
-        raise TaskExistsError(
-            "task name", request.name, "choose another name, or add --revise for its next revision"
-        )
-    if request.revise and not newest:
-        raise TaskNotFoundError("task name", request.name, "register it first, without --revise")
-    return newest + 1
-
-
 def check_prompt(request: RegisterTask, tuned: TunedPrompt) -> None:
     """Refuse a prompt that is no better than the majority class or the plain instruction.
 
@@ -158,8 +135,8 @@ def check_prompt(request: RegisterTask, tuned: TunedPrompt) -> None:
     if scores["prompt"] <= floor and not request.force:
         raise RefusedError(
             f"prompt of {request.name}",
-            f"{scores['prompt']:.1%} right on the validation rows, where the majority class has "
-            f"{scores['majority']:.1%} and the plain instruction {scores['instruction']:.1%}",
+            f"{scores['prompt']:.1%} right; majority class {scores['majority']:.1%}, "
+            f"plain instruction {scores['instruction']:.1%}",
             "give more or cleaner rows or more --steps; --force REASON publishes it all the same",
         )
 
@@ -187,7 +164,9 @@ def _tune(
     failures: dict[str, PromptyardError],
     progress: Progress,
 ) -> dict[str, TunedPrompt]:
-    wanted = [task for task in prepared if task.request.with_prompt]
+    wanted = [
+        task for task in prepared if task.request.with_prompt and task.request.name not in failures
+    ]
     if not wanted:
         return {}
     if base_model is None:

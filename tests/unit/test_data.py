@@ -226,7 +226,7 @@ def test_a_missing_column_is_named_with_the_columns_that_are_there(
     ("row", "problem"),
     [
         ({"input": "c"}, "row 3, field 'output': missing"),
-        ({"input": None, "output": "x"}, "row 3, field 'input': missing"),
+        ({"input": None, "output": "x"}, "row 3, field 'input': no value; fill it in"),
         ({"input": "", "output": "x"}, "row 3, field 'input': empty"),
         ({"input": " \n\t", "output": "x"}, "row 3, field 'input': empty"),
         ({"input": "c", "output": ""}, "row 3, field 'output': empty"),
@@ -251,11 +251,23 @@ def test_a_row_that_cannot_be_used_is_named_by_line_and_field(
     refused(write(tmp_path / "rows.jsonl", [*good, row]), problem)
 
 
-def test_a_csv_row_with_too_few_or_too_many_fields_is_told_apart(tmp_path: Path) -> None:
+def test_a_csv_row_with_too_few_cells_has_a_field_without_a_value(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("input,output\na,x\nb\n")
-    refused(path, "row 2, field 'output': missing")
-    path.write_text("input,output\na,x\nb,y,and more\n")
+    refused(path, "row 2, field 'output': no value; fill it in, or remove the row")
+
+
+def test_a_csv_text_with_a_comma_that_is_not_quoted_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("input,output\na,x\nlate, and broken,y\n")
+    refused(path, "row 2: 3 cells under 2 columns", "in quotes")
+    path.write_text('input,output\na,x\n"late, and broken",y\n')
+    assert "late, and broken" in [example.input for example in read(path).examples]
+
+
+def test_empty_cells_at_the_end_of_a_csv_row_are_fine(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("input,output\na,x,,\nb,y, \n")
     assert len(read(path).examples) == 2
 
 

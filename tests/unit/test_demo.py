@@ -10,10 +10,10 @@ import pytest
 from router.client import RouterClient
 from router.errors import PromptyardError, RefusedError
 from tests.fakes import FakeLanguageModel, make_router, make_task, running_server
+from trainer.admission import Registered
 from trainer.cli.demo import print_result
 from trainer.demo import ask_all
 from trainer.demo_result import Answered, DemoResult, HeldOut, LiveRegistration, check
-from trainer.register import Registered
 
 REFUSAL = RefusedError("prompt of refunds", "52 % right, majority 55 %", "give more rows")
 ROWS = [

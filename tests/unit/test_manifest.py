@@ -112,7 +112,17 @@ def test_a_file_that_is_no_yaml_is_refused(tmp_path: Path, text: str) -> None:
 def test_a_file_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "tasks.yaml"
     path.write_bytes(b"tasks: caf\xe9")
-    refused(path, "check the path and the file")
+    refused(path, "the byte 0xe9", "save the file as UTF-8")
+
+
+def test_a_name_that_is_given_twice_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    tasks = [("weather", "a.csv"), ("sport", "b.csv"), ("weather", "c.csv")]
+    entries = ", ".join(f"{{name: {name}, data: {data}}}" for name, data in tasks)
+    refused(
+        manifest(tmp_path, f"tasks: [{entries}]"),
+        "task 3, name: weather (as task 1)",
+        "name every task once",
+    )
 
 
 def test_a_manifest_that_is_too_large_is_not_read(tmp_path: Path) -> None:

@@ -37,9 +37,10 @@ from tests.catalogs import (
     write_rows,
 )
 from tests.fakes import FakeLanguageModel
+from trainer.admission import Registered
 from trainer.commands import PolicyChange, RegisterTask
 from trainer.data import read_labelled
-from trainer.register import Registered, check_prompt, register
+from trainer.register import check_prompt, register
 from trainer.tuning import TunedPrompt, TuningFailure, TuningSettings
 from trainer.workshop import Workshop
 

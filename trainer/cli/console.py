@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -17,6 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from router.errors import InvalidInputError, PromptyardError, RefusedError
+
+if TYPE_CHECKING:
+    from router.client import RouterError
 
 # Results go to stdout; progress, warnings and errors to stderr, so that output can be piped.
 out = Console()
@@ -46,7 +49,8 @@ BaseModel = Annotated[
     str | None,
     typer.Option(
         help="Base model: a folder or hub name of any Hugging Face seq2seq or causal model. "
-        "Default: the one that comes with the install."
+        "Default: the one that comes with the install.",
+        show_default=False,
     ),
 ]
 Server = Annotated[
@@ -102,9 +106,27 @@ def fail(error: PromptyardError, as_json: bool = False) -> NoReturn:
     raise typer.Exit(exit_code(error))
 
 
+def fail_of_server(server: str, error: RouterError, as_json: bool = False) -> NoReturn:
+    """Print the error that a call to `server` ended with, and leave with its exit code."""
+    remedy = error.remedy
+    if error.reason == "UNAVAILABLE":
+        remedy = "check the address, and that a server runs there: `promptyard serve`"
+    if as_json:
+        fields = {"reason": error.reason, "field": error.field or "server"}
+        fields |= {"value": error.value or error.message, "remedy": remedy}
+        print_json({"error": fields})
+    else:
+        err.print(f"[bold red]error[/] ({error.reason}) from {escape(server)}", highlight=False)
+        err.print(f"  {error.message}", highlight=False, markup=False)
+        if remedy != error.remedy:
+            err.print(f"  {remedy}", highlight=False, markup=False)
+    invalid = error.reason == InvalidInputError.reason
+    raise typer.Exit(EXIT_INVALID if invalid else EXIT_FAILED)
+
+
 def print_error(what: str, error: PromptyardError) -> None:
     """An error for people, on stderr."""
-    err.print(f"[bold red]{what}[/] ({error.reason})", highlight=False)
+    err.print(f"[bold red]{escape(what)}[/] ({error.reason})", highlight=False)
     err.print(f"  {error}", highlight=False, markup=False)
 
 

@@ -15,6 +15,7 @@ from trainer.cli.console import (
     EXIT_FAILED,
     err,
     errors_for_people,
+    fail_of_server,
     out,
     print_table,
     progress_bars,
@@ -47,15 +48,19 @@ def demo(
     """
     with errors_for_people(), tempfile.TemporaryDirectory(prefix="promptyard-") as temporary:
         from router.bootstrap import load_base_model, load_encoder
+        from router.client import RouterError
         from trainer.demo import run_demo
 
         base_model = load_base_model(DEFAULT_BASE_MODEL)
         if base_model is None:  # pragma: no cover - a name was given
             raise typer.Exit(EXIT_FAILED)
-        with progress_bars() as progress:
-            result = run_demo(
-                home or Path(temporary), load_encoder(), base_model, progress, err.print
-            )
+        try:
+            with progress_bars() as progress:
+                result = run_demo(
+                    home or Path(temporary), load_encoder(), base_model, progress, err.print
+                )
+        except RouterError as error:
+            fail_of_server("the demo's server", error)
         print_result(result, show_all)
         if not result.passed:
             raise typer.Exit(EXIT_FAILED)

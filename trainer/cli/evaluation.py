@@ -84,7 +84,7 @@ def routing(
     promptyard evaluate routing --data held-out.jsonl --report out
     """
     with errors_for_people(as_json):
-        from router.bootstrap import load_encoder
+        from router.bootstrap import load_encoder, log_to_stderr
         from trainer.evaluate_routing import evaluate_routing, load_snapshot
         from trainer.evaluation_reports import routing_report
         from trainer.evaluation_rows import (
@@ -94,6 +94,7 @@ def routing(
             read_texts,
         )
 
+        log_to_stderr("warning")
         rows = read_texts(data, EvaluationFields(input_field, task_field), oos_label)
         loaded = load_encoder(encoder)
         snapshot = load_snapshot(home_folder(home), loaded)
@@ -130,7 +131,7 @@ def answers(
     must match but for case and white space. Out-of-scope rows are not answered.
     """
     with errors_for_people(as_json):
-        from router.bootstrap import load_base_model, load_encoder
+        from router.bootstrap import load_base_model, load_encoder, log_to_stderr
         from router.errors import InvalidInputError
         from trainer.evaluate_answers import evaluate_answers
         from trainer.evaluate_routing import decide, embed_texts, load_snapshot
@@ -142,6 +143,7 @@ def answers(
             read_texts,
         )
 
+        log_to_stderr("warning")
         fields = EvaluationFields(input_field, task_field, output_field)
         rows = read_texts(data, fields, oos_label)
         loaded, model = load_encoder(encoder), load_base_model(base_model)

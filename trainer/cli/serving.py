@@ -11,14 +11,13 @@ import typer
 
 from router.settings import DEFAULT_BASE_MODEL, DEFAULT_ENCODER, DEFAULT_LISTEN, ServerSettings
 from trainer.cli.console import (
-    EXIT_FAILED,
     AsJson,
     BaseModel,
     EncoderName,
     Home,
     Server,
-    err,
     errors_for_people,
+    fail_of_server,
     home_folder,
     out,
     print_json,
@@ -94,7 +93,7 @@ def route(
     """Say which task each text belongs to, or that none fits."""
     with errors_for_people(as_json):
         if server is not None:
-            decisions = _remote(server, lambda client: client.batch_route(texts, top_k))
+            decisions = _remote(server, as_json, lambda client: client.batch_route(texts, top_k))
         else:
             decisions = _in_process(
                 ServerSettings(home=home_folder(home), encoder=encoder, base_model=None),
@@ -141,6 +140,7 @@ def generate(
         if server is not None:
             answers = _remote(
                 server,
+                as_json,
                 lambda client: [
                     list(
                         client.generate(
@@ -189,7 +189,8 @@ def status(
         from google.protobuf.json_format import MessageToDict
 
         document = MessageToDict(
-            _remote(server, lambda client: client.status()), preserving_proto_field_name=True
+            _remote(server, as_json, lambda client: client.status()),
+            preserving_proto_field_name=True,
         )
         if as_json:
             print_json(document)
@@ -197,24 +198,23 @@ def status(
             out.print_json(data=document)
 
 
-def _remote(server: str, ask: Callable[[RouterClient], Result]) -> Result:
-    """Ask a server; its errors end the command with a message."""
+def _remote(server: str, as_json: bool, ask: Callable[[RouterClient], Result]) -> Result:
+    """Ask a server; its errors end the command as those of this process do."""
     from router.client import RouterClient, RouterError
 
     try:
         with RouterClient(server) as client:
             return ask(client)
     except RouterError as error:
-        err.print(f"[bold red]error[/] from {server}", highlight=False)
-        err.print(f"  {error}", highlight=False, markup=False)
-        raise typer.Exit(EXIT_FAILED) from error
+        fail_of_server(server, error, as_json)
 
 
 def _in_process(settings: ServerSettings, ask: Callable[[Router], Awaitable[Result]]) -> Result:
     """Ask a router in this process."""
-    from router.bootstrap import open_router
+    from router.bootstrap import log_to_stderr, open_router
     from router.catalog import CatalogReader
 
+    log_to_stderr("warning")
     # A server may start before its first task; a question needs a catalog.
     CatalogReader(settings.home).close()
 

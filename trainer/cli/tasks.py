@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -30,8 +31,8 @@ from trainer.commands import Initialisation
 
 if TYPE_CHECKING:
     from router.tasks import TaskRecord
+    from trainer.admission import Registered
     from trainer.commands import PolicyChange, RegisterTask
-    from trainer.register import Registered
     from trainer.workshop import Published, Workshop
 
 TaskName = Annotated[str, typer.Argument(metavar="NAME", help="The task's name.")]
@@ -120,12 +121,16 @@ def register(
         from trainer.manifest import read_manifest
 
         if (manifest is None) == (name is None):
-            raise InvalidInputError("NAME", name, "give a task's NAME and --data, or --manifest")
+            raise InvalidInputError(
+                "NAME",
+                "missing" if name is None else f"{name}, and --manifest",
+                "give either a task's NAME and --data, or --manifest",
+            )
         if manifest is not None:
             requests: Sequence[RegisterTask] = read_manifest(manifest)
         else:
             if data is None or name is None:
-                raise InvalidInputError("--data", None, "give a file of labelled rows")
+                raise InvalidInputError("--data", "missing", "give a file of labelled rows")
             requests = [
                 RegisterTask(
                     name=name,
@@ -278,6 +283,13 @@ def _register(
     change: PolicyChange,
     tuning: _Tuning,
 ) -> Registered:
+    from trainer.admission import Registered, refused_at_once
+
+    folder = home_folder(home)
+    refused = refused_at_once(folder, requests)
+    if len(refused) == len(requests):
+        return Registered((), refused, None)
+
     from router.bootstrap import load_base_model, load_encoder
     from trainer.register import register as register_tasks
     from trainer.tuning import TuningSettings
@@ -294,7 +306,7 @@ def _register(
         seed=default.seed if tuning.seed is None else tuning.seed,
     )
     wants_prompts = any(request.with_prompt for request in requests)
-    with Workshop(home_folder(home), load_encoder(encoder)) as workshop:
+    with Workshop(folder, load_encoder(encoder)) as workshop:
         model = load_base_model(base_model) if wants_prompts else None
         with progress_bars() as progress:
             return register_tasks(
@@ -307,15 +319,22 @@ def _register(
             )
 
 
-def _workshop(home: Path | None, encoder: str) -> Workshop:
+@contextmanager
+def _workshop(home: Path | None, encoder: str) -> Iterator[Workshop]:
     """The workshop of a catalog that exists."""
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
     from router.bootstrap import load_encoder
     from router.catalog import CatalogReader
     from trainer.workshop import Workshop
 
     folder = home_folder(home)
     CatalogReader(folder).close()
-    return Workshop(folder, load_encoder(encoder))
+    with (
+        Workshop(folder, load_encoder(encoder)) as workshop,
+        threadpool_limits(1, user_api="blas"),
+    ):
+        yield workshop
 
 
 def _print_registered(result: Registered, as_json: bool) -> None:
@@ -337,8 +356,8 @@ def _print_registered(result: Registered, as_json: bool) -> None:
                 title=f"published catalog revision {result.published.revision}",
             )
             _print_effect(result.published)
-        for error in failures.values():
-            print_error("not registered", error)
+        for name, error in failures.items():
+            print_error(f"{name} was not registered", error)
     if failures:
         raise typer.Exit(max(exit_code(error) for error in failures.values()))
 

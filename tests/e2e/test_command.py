@@ -1,0 +1,191 @@
+"""The `promptyard` command as people and programs use it, with the real encoder."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from router.server import check_address
+from tests.fakes import FakeLanguageModel, make_router, running_server
+from trainer.cli import app
+
+TASKS = {
+    "weather": [f"will it {what} in {where}" for what in ("rain", "snow") for where in "ABCDEF"],
+    "banking": [
+        f"block my {what} card {where}" for what in ("credit", "bank") for where in "UVWXYZ"
+    ],
+}
+COMMANDS = [
+    *("register", "list", "show", "retire", "restore", "rollback", "serve", "route", "generate"),
+    *("status", "demo", "evaluate routing", "evaluate answers", "evaluate stream"),
+]
+
+
+def promptyard(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def document(result: Result, exit_code: int = 0) -> Any:
+    """What a program gets: stdout holds one JSON document and nothing else."""
+    assert result.exit_code == exit_code, result.output
+    return json.loads(result.stdout)
+
+
+def write(path: Path, inputs: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"input": text, "output": "x"}) + "\n" for text in inputs))
+    return path
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with two tasks that are only routed to."""
+    folder = tmp_path_factory.mktemp("command")
+    for name, inputs in TASKS.items():
+        data = write(folder / f"{name}.jsonl", inputs)
+        found = document(
+            promptyard(
+                *("register", name, "--data", data, "--no-prompt"),
+                *("--home", folder / "home", "--json"),
+            )
+        )
+        assert [task["name"] for task in found["registered"]] == [name]
+    return folder / "home"
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with running_server(make_router(model=FakeLanguageModel())) as address:
+        yield address
+
+
+def test_a_text_is_routed_in_process(home: Path) -> None:
+    [decision] = document(
+        promptyard("route", "will it rain in G", "--top-k", 1, "--home", home, "--json")
+    )
+    assert [candidate["task"] for candidate in decision["candidates"]] == ["weather"]
+    assert decision["revision"] == 2
+
+
+def test_the_home_may_come_from_the_environment(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROMPTYARD_HOME", str(home))
+    assert {task["name"] for task in document(promptyard("list", "--json"))["tasks"]} == set(TASKS)
+    assert document(promptyard("show", "weather", "--json"))["live_revision"] == 1
+    [decision] = document(promptyard("route", "will it snow in H", "--top-k", 1, "--json"))
+    assert decision["candidates"][0]["task"] == "weather"
+
+
+def test_a_task_can_be_retired_and_restored(home: Path) -> None:
+    for action, live in (("retire", {"weather"}), ("restore", set(TASKS))):
+        document(promptyard(action, "banking", "--home", home, "--json"))
+        tasks = document(promptyard("list", "--home", home, "--json"))["tasks"]
+        assert {task["name"] for task in tasks} == live
+
+
+def test_a_server_is_asked_where_one_is_named(address: str) -> None:
+    [answer] = document(
+        promptyard("generate", "the weather brings rain", "--server", address, "--json")
+    )
+    assert (answer["task"], answer["answer"], answer["finish"]) == ("weather", "rain", "label")
+    assert answer["usage"] == {
+        "input_tokens": 4,
+        "prompt_tokens": 4,
+        "output_tokens": 1,
+        "truncated": False,
+    }
+
+
+def test_bad_input_gives_a_program_the_same_error_with_and_without_a_server(
+    home: Path, address: str
+) -> None:
+    alone = document(promptyard("route", " ", "--home", home, "--json"), exit_code=2)
+    remote = document(promptyard("route", " ", "--server", address, "--json"), exit_code=2)
+    assert alone == remote
+    assert alone["error"]["reason"] == "INVALID_INPUT"
+    assert alone["error"]["field"] == "texts[0]"
+    assert alone["error"]["remedy"] == "send a text that is not empty"
+
+
+def test_an_unknown_task_of_a_server_is_told_with_the_remedy(address: str) -> None:
+    result = promptyard("generate", "rain", "--task", "none", "--server", address, "--json")
+    error = document(result, exit_code=1)["error"]
+    assert (error["reason"], error["field"], error["value"]) == ("TASK_NOT_FOUND", "task", "none")
+    assert "ListTasks" in error["remedy"]
+
+
+def test_a_server_that_is_not_there_is_told_with_the_remedy() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        nobody = f"127.0.0.1:{taken.getsockname()[1]}"
+    error = document(promptyard("status", "--server", nobody, "--json"), exit_code=1)["error"]
+    assert (error["reason"], error["field"]) == ("UNAVAILABLE", "server")
+    assert "promptyard serve" in error["remedy"]
+    people = promptyard("status", "--server", nobody)
+    assert people.exit_code == 1
+    assert "promptyard serve" in people.stderr
+
+
+def test_what_was_not_registered_is_named_with_its_reason(home: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "rows.jsonl", TASKS["weather"])
+    result = promptyard("register", "weather", "--data", data, "--home", home)
+    assert result.exit_code == 1
+    assert "weather was not registered (TASK_EXISTS)" in result.stderr
+    assert "--revise" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "NAME: missing; give either"),
+        (["refunds"], "--data: missing; give a file"),
+        (["refunds", "--data", "a.jsonl", "--manifest", "b.yaml"], "give either a task's NAME"),
+        (["refunds", "--data", "none.jsonl"], "none.jsonl: No such file"),
+        (["b@d", "--data", "none.jsonl"], "task name: 'b@d'; use letters"),
+        (["refunds", "--data", "none.jsonl", "--steps", "0"], "No such file"),
+        (["--manifest", "none.yaml"], "none.yaml: No such file"),
+    ],
+)
+def test_a_bad_registration_says_what_is_wrong_and_leaves_with_2(
+    arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    result = promptyard("register", *arguments, "--home", tmp_path / "home")
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_port_that_is_taken_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        result = promptyard(
+            *("serve", "--listen", address, "--home", tmp_path, "--encoder", "none/such")
+        )
+    assert result.exit_code == 2
+    assert f"listen: {address} (Address already in use)" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize("listen", ["203.0.113.9:50051", "no.such.host.invalid:50051"])
+def test_an_address_of_another_machine_is_refused(listen: str, tmp_path: Path) -> None:
+    result = promptyard("serve", "--listen", listen, "--home", tmp_path, "--encoder", "none/such")
+    assert result.exit_code == 2
+    assert f"listen: {listen} (" in " ".join(result.stderr.split())
+    assert "an address of this machine" in " ".join(result.stderr.split())
+
+
+def test_any_free_port_can_be_asked_for() -> None:
+    check_address("127.0.0.1:0")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_help_that_names_no_place_on_this_machine(command: str) -> None:
+    result = promptyard(*command.split(), "--help")
+    assert result.exit_code == 0
+    assert str(Path(__file__).parents[2]) not in "".join(result.output.split())
+    assert len(result.output.splitlines()) > 5

@@ -1,0 +1,59 @@
+"""What becomes of requests to register, and what is refused before any model is loaded."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from router.catalog import CatalogReader, has_catalog
+from router.errors import PromptyardError, TaskExistsError, TaskNotFoundError
+from router.tasks import TaskRecord, check_task_name
+from trainer.commands import RegisterTask
+from trainer.data import read_rows
+
+if TYPE_CHECKING:
+    from trainer.workshop import Published
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """What became of a registration."""
+
+    records: tuple[TaskRecord, ...]
+    failures: Mapping[str, PromptyardError]
+    published: Published | None
+
+
+def refused_at_once(home: Path, requests: Sequence[RegisterTask]) -> dict[str, PromptyardError]:
+    """What can be refused before any model is loaded: names, and files that cannot be opened."""
+    failures: dict[str, PromptyardError] = {}
+    catalog = CatalogReader(home) if has_catalog(home) else None
+    with contextlib.closing(catalog) if catalog else contextlib.nullcontext():
+        for request in requests:
+            try:
+                check_task_name(request.name)
+                next_revision(catalog.newest_record(request.name) if catalog else 0, request)
+                with contextlib.closing(read_rows(request.data)) as rows:
+                    next(rows, None)
+            except PromptyardError as error:
+                failures[request.name] = error
+    return failures
+
+
+def next_revision(newest: int, request: RegisterTask) -> int:
+    """The revision that the request makes, where `newest` is the task's newest; 0 for none.
+
+    Raises:
+        TaskExistsError: there is one, and `revise` is not set.
+        TaskNotFoundError: there is none, and `revise` is set.
+    """
+    if newest and not request.revise:
+        raise TaskExistsError(
+            "task name", request.name, "choose another name, or add --revise for its next revision"
+        )
+    if request.revise and not newest:
+        raise TaskNotFoundError("task name", request.name, "register it first, without --revise")
+    return newest + 1
