@@ -10,7 +10,8 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
 from router.batching import BatchLimits, MicroBatcher
-from router.interfaces import Generation, LanguageModel, PromptedInput
+from router.interfaces import Generation, LanguageModel, Observer, PromptedInput
+from router.observing import UNOBSERVED
 
 _PASSAGE_SEPARATOR = "\n"
 # Only used to put inputs of similar length together; a token is rarely shorter.
@@ -42,11 +43,18 @@ class _Row:
 class Answerer:
     """Answers questions; those of concurrent calls share the base model's batches."""
 
-    def __init__(self, model: LanguageModel, limits: BatchLimits) -> None:
+    def __init__(
+        self, model: LanguageModel, limits: BatchLimits, observer: Observer = UNOBSERVED
+    ) -> None:
         self.model = model
         self._batcher = MicroBatcher(
-            self._work, _estimate_tokens, limits, name="answering", kind=_kind
+            self._work, _estimate_tokens, limits, name="answering", kind=_kind, observer=observer
         )
+
+    @property
+    def queued(self) -> int:
+        """Questions that are waiting or being answered."""
+        return self._batcher.unfinished
 
     async def answer(self, question: Question) -> AsyncGenerator[str | Generation]:
         """Pieces of text as they become final, then the whole `Generation`.

@@ -7,12 +7,15 @@ it was busy, so that an idle server answers at once and a busy one fills its bat
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from router.errors import OverloadedError
+from router.interfaces import Observer
+from router.observing import UNOBSERVED
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -41,11 +44,12 @@ class _Call(Generic[Result]):
 
 @dataclass(slots=True, eq=False)
 class _Entry(Generic[Item, Result]):
-    """One item in the queue. `tokens` is counted when it is first looked at."""
+    """One item in the queue, since `since`. `tokens` is counted when it is first looked at."""
 
     item: Item
     call: _Call[Result]
     position: int
+    since: float
     tokens: int = 0
 
 
@@ -64,20 +68,28 @@ class MicroBatcher(Generic[Item, Result]):
         name: str,
         kind: Callable[[Item], Hashable] = lambda _: None,
         prepare_thread: Callable[[], object] | None = None,
+        observer: Observer = UNOBSERVED,
     ) -> None:
         """`work` gives one result per item; only items of equal `kind` share a batch.
 
-        `prepare_thread` runs once, first of all, in the worker thread.
+        `prepare_thread` runs once, first of all, in the worker thread. `observer` is told the
+        stages `NAME_wait` and `NAME_work`, and the sizes of the batches.
         """
         self._work = work
         self._count_tokens = count_tokens
         self._limits = limits
         self._name = name
         self._kind = kind
+        self._observer = observer
         self._waiting: list[_Entry[Item, Result]] = []
         self._unfinished = 0
         self._busy = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=prepare_thread)
+
+    @property
+    def unfinished(self) -> int:
+        """Items that are waiting or being worked on."""
+        return self._unfinished
 
     async def submit(self, items: Sequence[Item]) -> list[Result]:
         """The results for `items`, in their order. Cancelling takes them out of the queue.
@@ -94,7 +106,10 @@ class MicroBatcher(Generic[Item, Result]):
         call: _Call[Result] = _Call(loop.create_future(), len(items), {})
         self._unfinished += len(items)
         try:
-            self._waiting += [_Entry(item, call, position) for position, item in enumerate(items)]
+            now = time.perf_counter()
+            self._waiting += [
+                _Entry(item, call, position, now) for position, item in enumerate(items)
+            ]
             if not self._busy:
                 self._start_batch(loop)
             return await call.done
@@ -122,7 +137,12 @@ class MicroBatcher(Generic[Item, Result]):
         try:
             if len(batch) > 1:
                 batch = self._choose(window)
+            began = time.perf_counter()
+            for entry in batch:
+                self._observer.stage_ended(f"{self._name}_wait", began - entry.since)
             results = self._work([entry.item for entry in batch])
+            self._observer.stage_ended(f"{self._name}_work", time.perf_counter() - began)
+            self._observer.batch_ended(self._name, len(batch))
             if len(results) != len(batch):
                 raise ValueError(f"{len(results)} results for {len(batch)} items")
             return batch, results

@@ -11,9 +11,12 @@ from importlib.metadata import version
 import structlog
 
 from router.answering import Answerer
-from router.interfaces import Encoder, LanguageModel
+from router.interfaces import Encoder, LanguageModel, Observer
+from router.observing import UNOBSERVED
 from router.routing import Router
 from router.settings import DEFAULT_ENCODER, ServerSettings
+
+_log = structlog.get_logger(__name__)
 
 
 def load_encoder(name: str = DEFAULT_ENCODER, *, device: str = "auto", threads: int = 2) -> Encoder:
@@ -56,7 +59,7 @@ def load_base_model(
 
 
 @contextlib.contextmanager
-def open_router(settings: ServerSettings) -> Iterator[Router]:
+def open_router(settings: ServerSettings, observer: Observer = UNOBSERVED) -> Iterator[Router]:
     """A router with its models over the live catalog of `settings.home`, warmed up.
 
     Raises:
@@ -86,9 +89,11 @@ def open_router(settings: ServerSettings) -> Iterator[Router]:
         live.start()
         answerer = None
         if base_model is not None:
-            answerer = Answerer(base_model, settings.answer_batches)
+            answerer = Answerer(base_model, settings.answer_batches, observer)
             closing.callback(answerer.close)
-        router = Router(live, encoder, answerer, settings.limits, settings.routing_batches)
+        router = Router(
+            live, encoder, answerer, settings.limits, settings.routing_batches, observer
+        )
         closing.callback(router.close)
         yield router
 
@@ -97,14 +102,32 @@ def serve(settings: ServerSettings, announce: Callable[[str], None]) -> None:
     """Serve until SIGTERM or SIGINT; `announce` gets one line when calls can come.
 
     Raises:
-        PromptyardError: a model or the catalog cannot be loaded, or the address is in use.
+        PromptyardError: a model or the catalog cannot be loaded, or an address is in use.
     """
-    from router.server import RouterServer, check_address
+    from router.server import check_address
 
     check_address(settings.listen)
-    with open_router(settings) as router:
-        server = RouterServer(router, settings, version("promptyard"))
-        asyncio.run(server.run(announce))
+    if settings.metrics is None:
+        with open_router(settings) as router:
+            _run(router, settings, announce)
+        return
+
+    from router.prometheus import PrometheusMetrics, metrics_port, serving
+
+    check_address(settings.metrics, "metrics")
+    metrics = PrometheusMetrics()
+    with open_router(settings, metrics) as router:
+        metrics.watch(lambda: serving(router))
+        with metrics_port(metrics, settings.metrics) as address:
+            _log.info("metrics", address=address)
+            _run(router, settings, announce)
+
+
+def _run(router: Router, settings: ServerSettings, announce: Callable[[str], None]) -> None:
+    from router.server import RouterServer
+
+    server = RouterServer(router, settings, version("promptyard"))
+    asyncio.run(server.run(announce))
 
 
 def log_to_stderr(least: str = "info") -> None:

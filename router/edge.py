@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, NoReturn
@@ -15,6 +16,8 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc import aio
 
 from router.errors import OverloadedError, PromptyardError
+from router.interfaces import Observer
+from router.observing import UNOBSERVED
 from router.wire import Unreadable, failure, request_reader
 
 Context = aio.ServicerContext[Any, Any]
@@ -27,9 +30,12 @@ _log = structlog.get_logger(__name__)
 class Edge:
     """Guards the handlers of all services of a server, and counts their calls together."""
 
-    def __init__(self, max_calls: int, max_request_bytes: int) -> None:
+    def __init__(
+        self, max_calls: int, max_request_bytes: int, observer: Observer = UNOBSERVED
+    ) -> None:
         self._max_calls = max_calls
         self._max_request_bytes = max_request_bytes
+        self._observer = observer
         self._calls = 0
 
     def handlers(
@@ -66,7 +72,7 @@ class Edge:
     def _guard_unary(self, method: MethodDescriptor, handler: UnaryHandler) -> UnaryHandler:
         async def call(request: object, context: Context) -> Message:
             try:
-                with self._admitted():
+                with self._observed(method), self._admitted():
                     return await handler(_readable(request), context)
             except Exception as error:
                 await _fail(method, context, error)
@@ -76,13 +82,28 @@ class Edge:
     def _guard_stream(self, method: MethodDescriptor, handler: StreamHandler) -> StreamHandler:
         async def call(request: object, context: Context) -> AsyncIterator[Message]:
             try:
-                with self._admitted():
+                with self._observed(method), self._admitted():
                     async for response in handler(_readable(request), context):
                         yield response
             except Exception as error:
                 await _fail(method, context, error)
 
         return call
+
+    @contextlib.contextmanager
+    def _observed(self, method: MethodDescriptor) -> Iterator[None]:
+        began = time.perf_counter()
+        code = grpc.StatusCode.OK
+        try:
+            yield
+        except Exception as error:
+            code = failure(error).code
+            raise
+        except BaseException:  # the caller left, or its deadline passed
+            code = grpc.StatusCode.CANCELLED
+            raise
+        finally:
+            self._observer.call_ended(method.name, code.name, time.perf_counter() - began)
 
     @contextlib.contextmanager
     def _admitted(self) -> Iterator[None]:

@@ -9,6 +9,8 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from router.decision import Decision
+
 FloatArray = NDArray[np.float32]
 
 FinishReason = Literal["stop", "length", "label", "cancelled"]
@@ -119,3 +121,19 @@ class LanguageModel(Protocol):
         `on_piece(row, text)` is called as text becomes final (the pieces of a row concatenate to
         its `Generation.text`); a row for which `cancelled(row)` turns true stops at the next step.
         """
+
+
+class Observer(Protocol):
+    """Is told what the server does, for its metrics. Thread-safe, quick, and raises nothing."""
+
+    def call_ended(self, method: str, code: str, seconds: float) -> None:
+        """A call of `method` ended with the gRPC status `code` (`OK`, `NOT_FOUND`, ...)."""
+
+    def stage_ended(self, stage: str, seconds: float) -> None:
+        """A stage of the work (`routing_wait`, `routing_encode`, ...) took that long."""
+
+    def batch_ended(self, queue: str, items: int) -> None:
+        """So many items of a queue (`routing`, `answering`) were worked on together."""
+
+    def decided(self, decision: Decision) -> None:
+        """A text was routed."""

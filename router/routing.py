@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -15,8 +16,9 @@ from router.answering import Answerer, Question, with_context
 from router.batching import BatchLimits, MicroBatcher
 from router.decision import Decision, Outcome
 from router.errors import NoPromptError, TaskOutOfServiceError
-from router.interfaces import Embeddings, Encoder, Generation, PromptedInput
+from router.interfaces import Embeddings, Encoder, Generation, Observer, PromptedInput
 from router.limits import Limits
+from router.observing import UNOBSERVED
 from router.snapshot import Snapshot
 from router.tasks import ServedTask, SoftPrompt
 
@@ -61,18 +63,29 @@ class Router:
         answerer: Answerer | None,
         limits: Limits,
         batch_limits: BatchLimits,
+        observer: Observer = UNOBSERVED,
     ) -> None:
         self.live = live
         self.encoder = encoder
         self.answerer = answerer
         self.limits = limits
+        self.observer = observer
         self._batcher = MicroBatcher(
             self._decide,
             self._count_tokens,
             batch_limits,
             name="routing",
             prepare_thread=_use_one_thread_for_arrays,
+            observer=observer,
         )
+
+    @property
+    def queued(self) -> dict[str, int]:
+        """Texts in each queue, those that are being worked on included."""
+        queued = {"routing": self._batcher.unfinished}
+        if self.answerer is not None:
+            queued["answering"] = self.answerer.queued
+        return queued
 
     async def route(self, text: str, top_k: int = 0) -> Decision:
         """The decision on one text."""
@@ -142,7 +155,10 @@ class Router:
 
     def _decide(self, questions: Sequence[_Question]) -> list[Decision]:
         """In the worker thread: encode the batch, and let each text's own snapshot decide."""
+        began = time.perf_counter()
         embeddings = self.encoder.encode([question.text for question in questions])
+        encoded = time.perf_counter()
+        self.observer.stage_ended("routing_encode", encoded - began)
         first = questions[0].snapshot
         top_k = max(question.top_k for question in questions)
         if all(question.snapshot is first for question in questions):
@@ -153,6 +169,9 @@ class Router:
                 question.snapshot.decide(_row(embeddings, position), top_k)[0]
                 for position, question in enumerate(questions)
             ]
+        self.observer.stage_ended("routing_decide", time.perf_counter() - encoded)
+        for decision in decisions:
+            self.observer.decided(decision)
         return [
             _listing(decision, question.top_k)
             for decision, question in zip(decisions, questions, strict=True)

@@ -35,7 +35,7 @@ _MIN_CLIENT_PING_SECONDS = 10
 _log = structlog.get_logger(__name__)
 
 
-def check_address(listen: str) -> None:
+def check_address(listen: str, field: str = "listen") -> None:
     """Refuse an address that cannot be listened on, before models are loaded for it.
 
     Raises:
@@ -53,7 +53,7 @@ def check_address(listen: str) -> None:
             probe.bind(address)
     except OSError as error:
         raise InvalidInputError(
-            "listen",
+            field,
             f"{listen} ({error.strerror or error})",
             "choose a free port and an address of this machine",
         ) from error
@@ -77,7 +77,7 @@ class RouterServer:
         """
         settings = self._settings
         self._server = server = aio.server(options=_options(settings.limits.max_request_bytes))
-        edge = Edge(settings.max_calls, settings.limits.max_request_bytes)
+        edge = Edge(settings.max_calls, settings.limits.max_request_bytes, self._router.observer)
         facts = ServerFacts(self._version, datetime.now(UTC))
         server.add_generic_rpc_handlers(
             (

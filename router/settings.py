@@ -27,11 +27,13 @@ class ServerSettings:
     """How a server is set up.
 
     `encoder` and `base_model` are names or folders; without `base_model` the server only routes.
-    A device is `cpu`, `cuda` or `auto`. Times are in seconds.
+    A device is `cpu`, `cuda` or `auto`. Times are in seconds. `metrics` is the HOST:PORT that
+    Prometheus scrapes; without it nothing is counted.
     """
 
     home: Path
     listen: str = DEFAULT_LISTEN
+    metrics: str | None = None
     encoder: str = DEFAULT_ENCODER
     base_model: str | None = DEFAULT_BASE_MODEL
     encoder_device: str = "auto"
@@ -47,14 +49,18 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         """Raises InvalidInputError: a value that no server could work with."""
-        address = _ADDRESS.fullmatch(self.listen)
-        if address is None or int(address[1]) > 65535:
-            raise InvalidInputError(
-                "listen", self.listen, "give HOST:PORT, e.g. 127.0.0.1:50051 (port 0: any)"
-            )
+        _check_address("listen", self.listen)
+        if self.metrics is not None:
+            _check_address("metrics", self.metrics)
         if self.routing_batches.queue_items < self.limits.max_batch_texts:
             raise InvalidInputError(
                 "routing_batches.queue_items",
                 self.routing_batches.queue_items,
                 f"let the queue hold a whole batch of {self.limits.max_batch_texts} texts",
             )
+
+
+def _check_address(field: str, value: str) -> None:
+    address = _ADDRESS.fullmatch(value)
+    if address is None or int(address[1]) > 65535:
+        raise InvalidInputError(field, value, "give HOST:PORT, e.g. 127.0.0.1:50051 (port 0: any)")

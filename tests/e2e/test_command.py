@@ -171,6 +171,17 @@ def test_a_port_that_is_taken_is_refused_before_anything_is_loaded(tmp_path: Pat
     assert f"listen: {address} (Address already in use)" in " ".join(result.stderr.split())
 
 
+def test_a_port_for_metrics_that_is_taken_is_refused_as_early(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        result = promptyard(
+            *("serve", "--listen", "127.0.0.1:0", "--metrics", address),
+            *("--home", tmp_path, "--encoder", "none/such"),
+        )
+    assert result.exit_code == 2
+    assert f"metrics: {address} (Address already in use)" in " ".join(result.stderr.split())
+
+
 @pytest.mark.parametrize("listen", ["203.0.113.9:50051", "no.such.host.invalid:50051"])
 def test_an_address_of_another_machine_is_refused(listen: str, tmp_path: Path) -> None:
     result = promptyard("serve", "--listen", listen, "--home", tmp_path, "--encoder", "none/such")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +20,9 @@ from pathlib import Path
 from router import bootstrap
 from router.settings import ServerSettings
 bootstrap.log_to_stderr()
-settings = ServerSettings(home=Path(sys.argv[1]), listen="127.0.0.1:0", base_model=None)
+settings = ServerSettings(
+    home=Path(sys.argv[1]), listen="127.0.0.1:0", metrics="127.0.0.1:0", base_model=None
+)
 bootstrap.serve(settings, lambda line: print(line, flush=True))
 """
 
@@ -36,6 +40,15 @@ def process(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     process.communicate()
 
 
+def scrape(process: subprocess.Popen[str]) -> str:
+    """The metrics, from the port that the log names."""
+    assert process.stderr is not None
+    while (line := json.loads(process.stderr.readline()))["event"] != "metrics":
+        pass
+    with urllib.request.urlopen(f"http://{line['address']}/metrics", timeout=10) as answer:
+        return str(answer.read().decode())
+
+
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 def test_the_process_says_when_it_is_ready_and_stops_cleanly(
     process: subprocess.Popen[str], stop: signal.Signals
@@ -49,6 +62,7 @@ def test_the_process_says_when_it_is_ready_and_stops_cleanly(
         status = client.status()
         assert status.encoder.name == "all-MiniLM-L6-v2"
         assert not status.base_model.name
+        assert "promptyard_revision 0.0" in scrape(process)
         process.send_signal(stop)
         output, errors = process.communicate(timeout=20)
     assert process.returncode == 0

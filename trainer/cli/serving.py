@@ -49,6 +49,13 @@ def serve(
     listen: Annotated[
         str, typer.Option(envvar="PROMPTYARD_LISTEN", help="HOST:PORT; port 0 takes a free one.")
     ] = DEFAULT_LISTEN,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            envvar="PROMPTYARD_METRICS",
+            help="HOST:PORT that Prometheus scrapes over HTTP. Default: no metrics.",
+        ),
+    ] = None,
     home: Home = None,
     encoder: EncoderName = DEFAULT_ENCODER,
     base_model: BaseModel = DEFAULT_BASE_MODEL,
@@ -73,6 +80,7 @@ def serve(
         settings = ServerSettings(
             home=home_folder(home),
             listen=listen,
+            metrics=metrics,
             encoder=encoder,
             base_model=None if route_only else base_model,
             encoder_threads=threads,

@@ -1,0 +1,24 @@
+"""An observer for where nobody looks."""
+
+from __future__ import annotations
+
+from router.decision import Decision
+
+
+class Unobserved:
+    """Forgets everything that it is told."""
+
+    def call_ended(self, method: str, code: str, seconds: float) -> None:
+        """See `router.interfaces.Observer`."""
+
+    def stage_ended(self, stage: str, seconds: float) -> None:
+        """See `router.interfaces.Observer`."""
+
+    def batch_ended(self, queue: str, items: int) -> None:
+        """See `router.interfaces.Observer`."""
+
+    def decided(self, decision: Decision) -> None:
+        """See `router.interfaces.Observer`."""
+
+
+UNOBSERVED = Unobserved()
