@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from router.errors import OverloadedError
-from router.interfaces import Observer
 from router.observing import UNOBSERVED
+
+if TYPE_CHECKING:
+    from router.interfaces import Observer
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -102,11 +102,15 @@ def serve(settings: ServerSettings, announce: Callable[[str], None]) -> None:
     """Serve until SIGTERM or SIGINT; `announce` gets one line when calls can come.
 
     Raises:
-        PromptyardError: a model or the catalog cannot be loaded, or an address is in use.
+        PromptyardError: a model or the catalog cannot be loaded, an address is in use, or the
+            file of tokens cannot be used.
     """
+    from router.access import read_tokens
     from router.server import check_address
 
     check_address(settings.listen)
+    if settings.tokens is not None:
+        read_tokens(settings.tokens)
     if settings.metrics is None:
         with open_router(settings) as router:
             _run(router, settings, announce)

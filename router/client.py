@@ -88,13 +88,16 @@ class RouterClient:
         *,
         timeout: float = 10.0,
         stream_timeout: float = 300.0,
+        token: str = "",
     ) -> None:
         """`target` is HOST:PORT. The timeouts (seconds) bound a single call, and a whole stream.
 
-        Nothing is sent before the first call.
+        `token` is sent with every call, for a server that asks for one. Nothing is sent before the
+        first call.
         """
         self._timeout = timeout
         self._stream_timeout = stream_timeout
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._channel = grpc.insecure_channel(target, options=_OPTIONS)
         self._router = RouterServiceStub(self._channel)
         self._tasks = TaskServiceStub(self._channel)
@@ -113,13 +116,17 @@ class RouterClient:
         """The decision on one text."""
         request = messages.RouteRequest(text=text, top_k=top_k)
         with _router_errors():
-            return decision_value(self._router.Route(request, timeout=self._timeout).decision)
+            return decision_value(
+                self._router.Route(request, timeout=self._timeout, metadata=self._metadata).decision
+            )
 
     def batch_route(self, texts: Sequence[str], top_k: int = 0) -> list[Decision]:
         """One decision per text, all at one catalog revision."""
         request = messages.BatchRouteRequest(texts=texts, top_k=top_k)
         with _router_errors():
-            response = self._router.BatchRoute(request, timeout=self._timeout)
+            response = self._router.BatchRoute(
+                request, timeout=self._timeout, metadata=self._metadata
+            )
         return [decision_value(decision) for decision in response.decisions]
 
     def stream_route(
@@ -128,7 +135,9 @@ class RouterClient:
         """One result per text, in order. A bad text gives its error as the result, unraised."""
         requests = (messages.StreamRouteRequest(text=text, top_k=top_k) for text in texts)
         with _reading(
-            self._router.StreamRoute(requests, timeout=self._stream_timeout)
+            self._router.StreamRoute(
+                requests, timeout=self._stream_timeout, metadata=self._metadata
+            )
         ) as responses:
             for response in responses:
                 if response.HasField("decision"):
@@ -154,7 +163,9 @@ class RouterClient:
             max_output_tokens=max_output_tokens,
             top_k=top_k,
         )
-        with _reading(self._router.Generate(request, timeout=self._stream_timeout)) as responses:
+        with _reading(
+            self._router.Generate(request, timeout=self._stream_timeout, metadata=self._metadata)
+        ) as responses:
             for response in responses:
                 yield answer_value(response)
 
@@ -165,7 +176,9 @@ class RouterClient:
         with _router_errors():
             parts = list(
                 self._router.GetSoftPrompt(
-                    messages.GetSoftPromptRequest(task=task), timeout=self._timeout
+                    messages.GetSoftPromptRequest(task=task),
+                    timeout=self._timeout,
+                    metadata=self._metadata,
                 )
             )
         description = parts[0].description
@@ -178,14 +191,18 @@ class RouterClient:
     def status(self) -> messages.GetStatusResponse:
         """What is being served."""
         with _router_errors():
-            return self._router.GetStatus(messages.GetStatusRequest(), timeout=self._timeout)
+            return self._router.GetStatus(
+                messages.GetStatusRequest(), timeout=self._timeout, metadata=self._metadata
+            )
 
     def list_tasks(self) -> Iterator[task_pb2.Task]:
         """Every task, by name, fetched page by page."""
         request = task_messages.ListTasksRequest()
         while True:
             with _router_errors():
-                response = self._tasks.ListTasks(request, timeout=self._timeout)
+                response = self._tasks.ListTasks(
+                    request, timeout=self._timeout, metadata=self._metadata
+                )
             yield from response.tasks
             if not response.next_page_token:
                 return
@@ -195,7 +212,7 @@ class RouterClient:
         """One task."""
         request = task_messages.GetTaskRequest(name=name)
         with _router_errors():
-            return self._tasks.GetTask(request, timeout=self._timeout).task
+            return self._tasks.GetTask(request, timeout=self._timeout, metadata=self._metadata).task
 
 
 @contextlib.contextmanager

@@ -15,9 +15,11 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc import aio
 
+from router.access import TokenFile
 from router.errors import OverloadedError, PromptyardError
 from router.interfaces import Observer
 from router.observing import UNOBSERVED
+from router.roles import ROLE_OF_METHOD
 from router.wire import Unreadable, failure, request_reader
 
 Context = aio.ServicerContext[Any, Any]
@@ -31,11 +33,17 @@ class Edge:
     """Guards the handlers of all services of a server, and counts their calls together."""
 
     def __init__(
-        self, max_calls: int, max_request_bytes: int, observer: Observer = UNOBSERVED
+        self,
+        max_calls: int,
+        max_request_bytes: int,
+        observer: Observer = UNOBSERVED,
+        access: TokenFile | None = None,
     ) -> None:
+        """Without `access` everybody may call everything."""
         self._max_calls = max_calls
         self._max_request_bytes = max_request_bytes
         self._observer = observer
+        self._access = access
         self._calls = 0
 
     def handlers(
@@ -72,7 +80,7 @@ class Edge:
     def _guard_unary(self, method: MethodDescriptor, handler: UnaryHandler) -> UnaryHandler:
         async def call(request: object, context: Context) -> Message:
             try:
-                with self._observed(method), self._admitted():
+                with self._observed(method), self._admitted(method, context):
                     return await handler(_readable(request), context)
             except Exception as error:
                 await _fail(method, context, error)
@@ -82,7 +90,7 @@ class Edge:
     def _guard_stream(self, method: MethodDescriptor, handler: StreamHandler) -> StreamHandler:
         async def call(request: object, context: Context) -> AsyncIterator[Message]:
             try:
-                with self._observed(method), self._admitted():
+                with self._observed(method), self._admitted(method, context):
                     async for response in handler(_readable(request), context):
                         yield response
             except Exception as error:
@@ -106,7 +114,9 @@ class Edge:
             self._observer.call_ended(method.name, code.name, time.perf_counter() - began)
 
     @contextlib.contextmanager
-    def _admitted(self) -> Iterator[None]:
+    def _admitted(self, method: MethodDescriptor, context: Context) -> Iterator[None]:
+        if self._access is not None:
+            self._access.check(ROLE_OF_METHOD[method.name], context.invocation_metadata() or ())
         if self._calls >= self._max_calls:
             raise OverloadedError("calls", f"{self._calls} running", "try again a little later")
         self._calls += 1

@@ -12,7 +12,9 @@
     ├── CatalogError                CATALOG_UNAVAILABLE              UNAVAILABLE
     │   └── CatalogBusyError        CATALOG_BUSY                     ABORTED
     ├── StorageError                STORAGE_FAILED                   INTERNAL
-    └── OverloadedError             OVERLOADED                       RESOURCE_EXHAUSTED
+    ├── OverloadedError             OVERLOADED                       RESOURCE_EXHAUSTED
+    ├── UnauthenticatedError        UNAUTHENTICATED                  UNAUTHENTICATED
+    └── ForbiddenError              PERMISSION_DENIED                PERMISSION_DENIED
 
 `Unknown` is a decision, not an error. The mapping to gRPC lives in `router.wire` alone.
 """
@@ -112,6 +114,18 @@ class OverloadedError(PromptyardError):
     def __init__(self, field: str, value: object, remedy: str, retry_after: float = 0.1) -> None:
         super().__init__(field, value, remedy)
         self.retry_after = retry_after
+
+
+class UnauthenticatedError(PromptyardError):
+    """A call bears no token that the server knows."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class ForbiddenError(PromptyardError):
+    """A token is known, but lacks the role that the call needs."""
+
+    reason = "PERMISSION_DENIED"
 
 
 def shorten(value: object) -> str:

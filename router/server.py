@@ -14,6 +14,7 @@ from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from router.access import TokenFile
 from router.edge import Edge
 from router.errors import InvalidInputError
 from router.routing import Router
@@ -73,11 +74,16 @@ class RouterServer:
         """Begin to serve; returns the address, with the real port where port 0 was asked for.
 
         Raises:
-            InvalidInputError: the address cannot be listened on.
+            InvalidInputError: the address cannot be listened on, or the tokens cannot be read.
         """
         settings = self._settings
         self._server = server = aio.server(options=_options(settings.limits.max_request_bytes))
-        edge = Edge(settings.max_calls, settings.limits.max_request_bytes, self._router.observer)
+        edge = Edge(
+            settings.max_calls,
+            settings.limits.max_request_bytes,
+            self._router.observer,
+            None if settings.tokens is None else TokenFile(settings.tokens),
+        )
         facts = ServerFacts(self._version, datetime.now(UTC))
         server.add_generic_rpc_handlers(
             (

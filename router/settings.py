@@ -28,12 +28,14 @@ class ServerSettings:
 
     `encoder` and `base_model` are names or folders; without `base_model` the server only routes.
     A device is `cpu`, `cuda` or `auto`. Times are in seconds. `metrics` is the HOST:PORT that
-    Prometheus scrapes; without it nothing is counted.
+    Prometheus scrapes; without it nothing is counted. Without `tokens` (a file, see
+    `router.access`) everybody who reaches the server may call everything.
     """
 
     home: Path
     listen: str = DEFAULT_LISTEN
     metrics: str | None = None
+    tokens: Path | None = None
     encoder: str = DEFAULT_ENCODER
     base_model: str | None = DEFAULT_BASE_MODEL
     encoder_device: str = "auto"

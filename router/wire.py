@@ -42,6 +42,8 @@ _CODE_OF_REASON = {
     "CATALOG_BUSY": grpc.StatusCode.ABORTED,
     "STORAGE_FAILED": grpc.StatusCode.INTERNAL,
     "OVERLOADED": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "UNAUTHENTICATED": grpc.StatusCode.UNAUTHENTICATED,
+    "PERMISSION_DENIED": grpc.StatusCode.PERMISSION_DENIED,
     INTERNAL: grpc.StatusCode.INTERNAL,
 }
 

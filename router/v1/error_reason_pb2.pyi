@@ -50,6 +50,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """ERROR_REASON_OVERLOADED means that a queue is full: come back after the RetryInfo's delay."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 13
     """ERROR_REASON_INTERNAL means a defect of the server."""
+    ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 14
+    """ERROR_REASON_UNAUTHENTICATED means that the call bears no token that the server knows."""
+    ERROR_REASON_PERMISSION_DENIED: _ErrorReason.ValueType  # 15
+    """ERROR_REASON_PERMISSION_DENIED means that the token lacks the role that the call needs."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """ErrorReason is the `reason` of the `google.rpc.ErrorInfo` (domain `promptyard`) of an error.
@@ -84,4 +88,8 @@ ERROR_REASON_OVERLOADED: ErrorReason.ValueType  # 12
 """ERROR_REASON_OVERLOADED means that a queue is full: come back after the RetryInfo's delay."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 13
 """ERROR_REASON_INTERNAL means a defect of the server."""
+ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 14
+"""ERROR_REASON_UNAUTHENTICATED means that the call bears no token that the server knows."""
+ERROR_REASON_PERMISSION_DENIED: ErrorReason.ValueType  # 15
+"""ERROR_REASON_PERMISSION_DENIED means that the token lacks the role that the call needs."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

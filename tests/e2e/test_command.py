@@ -13,7 +13,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from router.server import check_address
-from tests.fakes import FakeLanguageModel, make_router, running_server
+from tests.fakes import FakeLanguageModel, make_router, make_settings, running_server
 from trainer.cli import app
 
 TASKS = {
@@ -24,7 +24,7 @@ TASKS = {
 }
 COMMANDS = [
     *("register", "list", "show", "retire", "restore", "rollback", "serve", "route", "generate"),
-    *("status", "demo", "evaluate routing", "evaluate answers", "evaluate stream"),
+    *("status", "token", "demo", "evaluate routing", "evaluate answers", "evaluate stream"),
 ]
 
 
@@ -130,6 +130,43 @@ def test_a_server_that_is_not_there_is_told_with_the_remedy() -> None:
     people = promptyard("status", "--server", nobody)
     assert people.exit_code == 1
     assert "promptyard serve" in people.stderr
+
+
+def test_a_token_that_was_made_opens_the_server_that_knows_its_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = document(promptyard("token", "shop", "--role", "route", "--json"))
+    tokens = tmp_path / "tokens.yaml"
+    tokens.write_text(json.dumps({"tokens": [made["entry"]]}))
+    settings = make_settings(tokens=tokens)
+    with running_server(make_router(model=FakeLanguageModel()), settings) as address:
+        ask = ("route", "weather", "--server", address, "--json")
+        error = document(promptyard(*ask), exit_code=1)["error"]
+        assert (error["reason"], error["value"]) == ("UNAUTHENTICATED", "missing")
+        document(promptyard(*ask, "--token", made["token"]))
+        monkeypatch.setenv("PROMPTYARD_TOKEN", made["token"])
+        document(promptyard(*ask))
+        status = promptyard("status", "--server", address, "--json")
+        assert document(status, exit_code=1)["error"]["reason"] == "PERMISSION_DENIED"
+
+
+def test_a_new_token_is_shown_with_the_entry_for_the_server() -> None:
+    shown = promptyard("token", "shop", "--role", "route", "--role", "read").stdout
+    assert "promptyard-" in shown
+    assert "sha256: " in shown
+    assert promptyard("token", "shop").exit_code == 2
+    assert promptyard("token", "shop", "--role", "admin").exit_code == 2
+
+
+def test_a_file_of_tokens_that_cannot_be_used_is_refused_before_anything_is_loaded(
+    tmp_path: Path,
+) -> None:
+    result = promptyard(
+        *("serve", "--listen", "127.0.0.1:0", "--tokens", tmp_path / "none.yaml"),
+        *("--home", tmp_path, "--encoder", "none/such"),
+    )
+    assert result.exit_code == 2
+    assert "none.yaml: No such file" in " ".join(result.stderr.split())
 
 
 def test_what_was_not_registered_is_named_with_its_reason(home: Path, tmp_path: Path) -> None:

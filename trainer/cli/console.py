@@ -56,6 +56,16 @@ BaseModel = Annotated[
 Server = Annotated[
     str | None, typer.Option(help="Ask the server at HOST:PORT instead of working in process.")
 ]
+AccessToken = Annotated[
+    str,
+    typer.Option(
+        "--token",
+        envvar="PROMPTYARD_TOKEN",
+        show_default=False,
+        help="Token for a server that asks for one. Other users of this machine can see flags: "
+        "prefer the environment.",
+    ),
+]
 
 ReportProgress = Callable[[str, str, int, int], None]
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from router.roles import Role
 from router.settings import DEFAULT_BASE_MODEL, DEFAULT_ENCODER, DEFAULT_LISTEN, ServerSettings
 from trainer.cli.console import (
+    AccessToken,
     AsJson,
     BaseModel,
     EncoderName,
@@ -43,6 +47,7 @@ def add_to(app: typer.Typer) -> None:
     app.command("route")(route)
     app.command("generate")(generate)
     app.command("status")(status)
+    app.command("token")(token)
 
 
 def serve(
@@ -54,6 +59,14 @@ def serve(
         typer.Option(
             envvar="PROMPTYARD_METRICS",
             help="HOST:PORT that Prometheus scrapes over HTTP. Default: no metrics.",
+        ),
+    ] = None,
+    tokens: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="PROMPTYARD_TOKENS",
+            help="File of the tokens that callers must have, see `promptyard token`. It is read "
+            "again when it changes. Default: everybody may call everything.",
         ),
     ] = None,
     home: Home = None,
@@ -81,6 +94,7 @@ def serve(
             home=home_folder(home),
             listen=listen,
             metrics=metrics,
+            tokens=tokens,
             encoder=encoder,
             base_model=None if route_only else base_model,
             encoder_threads=threads,
@@ -94,6 +108,7 @@ def route(
     texts: Texts,
     top_k: Annotated[int, typer.Option(min=0, max=100, help="Candidates to list.")] = 0,
     server: Server = None,
+    token: AccessToken = "",
     home: Home = None,
     encoder: EncoderName = DEFAULT_ENCODER,
     as_json: AsJson = False,
@@ -101,7 +116,9 @@ def route(
     """Say which task each text belongs to, or that none fits."""
     with errors_for_people(as_json):
         if server is not None:
-            decisions = _remote(server, as_json, lambda client: client.batch_route(texts, top_k))
+            decisions = _remote(
+                _ServerAt(server, token), as_json, lambda client: client.batch_route(texts, top_k)
+            )
         else:
             decisions = _in_process(
                 ServerSettings(home=home_folder(home), encoder=encoder, base_model=None),
@@ -137,6 +154,7 @@ def generate(
     ] = None,
     max_output_tokens: Annotated[int, typer.Option(help="0: the default.")] = 0,
     server: Server = None,
+    token: AccessToken = "",
     home: Home = None,
     encoder: EncoderName = DEFAULT_ENCODER,
     base_model: BaseModel = DEFAULT_BASE_MODEL,
@@ -147,7 +165,7 @@ def generate(
         passages = context or []
         if server is not None:
             answers = _remote(
-                server,
+                _ServerAt(server, token),
                 as_json,
                 lambda client: [
                     list(
@@ -190,6 +208,7 @@ def generate(
 
 def status(
     server: Annotated[str, typer.Option(help="The server's HOST:PORT.")] = DEFAULT_LISTEN,
+    token: AccessToken = "",
     as_json: AsJson = False,
 ) -> None:
     """Show what a server serves: revision, tasks, tasks out of service, models."""
@@ -197,7 +216,7 @@ def status(
         from google.protobuf.json_format import MessageToDict
 
         document = MessageToDict(
-            _remote(server, as_json, lambda client: client.status()),
+            _remote(_ServerAt(server, token), as_json, lambda client: client.status()),
             preserving_proto_field_name=True,
         )
         if as_json:
@@ -206,15 +225,55 @@ def status(
             out.print_json(data=document)
 
 
-def _remote(server: str, as_json: bool, ask: Callable[[RouterClient], Result]) -> Result:
+def token(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Whom the token is for.")],
+    roles: Annotated[
+        list[Role],
+        typer.Option(
+            "--role",
+            help="What it may be used for; repeatable. route: Route, BatchRoute, StreamRoute. "
+            "generate: Generate. read: the tasks, the status and the soft prompts.",
+        ),
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Make a token, and the entry that lets a server know it. The token is shown only here.
+
+    promptyard token checkout-service --role route --role generate
+    """
+    with errors_for_people(as_json):
+        import yaml
+
+        from router.access import new_token
+
+        secret, entry = new_token(name, roles)
+        if as_json:
+            print_json({"token": secret, "entry": entry})
+            return
+        out.print("for the caller, as PROMPTYARD_TOKEN:", highlight=False)
+        out.print(f"  {secret}", highlight=False, markup=False, soft_wrap=True)
+        out.print("for the server, in the file that --tokens names:", highlight=False)
+        text = yaml.safe_dump({"tokens": [entry]}, sort_keys=False, width=1000)
+        out.print(text.rstrip(), highlight=False, markup=False, soft_wrap=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _ServerAt:
+    """Where a server is, and how to be let in."""
+
+    address: str
+    token: str
+
+
+def _remote(server: _ServerAt, as_json: bool, ask: Callable[[RouterClient], Result]) -> Result:
     """Ask a server; its errors end the command as those of this process do."""
     from router.client import RouterClient, RouterError
 
     try:
-        with RouterClient(server) as client:
+        with RouterClient(server.address, token=server.token) as client:
             return ask(client)
     except RouterError as error:
-        fail_of_server(server, error, as_json)
+        fail_of_server(server.address, error, as_json)
 
 
 def _in_process(settings: ServerSettings, ask: Callable[[Router], Awaitable[Result]]) -> Result:
