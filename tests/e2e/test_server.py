@@ -59,8 +59,8 @@ class Serving:
         self.model = FakeLanguageModel()
         self.live = FixedLive(make_snapshot())
         self.live.problem = live.get("problem", "")
-        router = make_router(self.encoder, self.model, self.live, self.settings)
-        self._running = running_server(router, self.settings)
+        self.served = make_router(self.encoder, self.model, self.live, self.settings)
+        self._running = running_server(self.served, self.settings)
 
     def __enter__(self) -> Serving:
         self.address = self._running.__enter__()
@@ -196,13 +196,20 @@ def test_a_batch_is_decided_in_its_order_at_one_revision(serving: Serving) -> No
 
 def test_500_texts_of_a_stream_are_answered_in_order_and_share_batches(serving: Serving) -> None:
     names = [list(TASKS)[n % 3] for n in range(500)]
-    requests = (
-        messages.StreamRouteRequest(text=f"{name} {n}", id=str(n)) for n, name in enumerate(names)
-    )
-    responses = list(serving.router.StreamRoute(requests, timeout=TIMEOUT))
+
+    def requests() -> Iterator[messages.StreamRouteRequest]:
+        serving.encoder.blocked.clear()
+        for n, name in enumerate(names):
+            if n == 40:  # texts gather behind the first one, however slowly they come
+                while serving.served.queued["routing"] < 40:
+                    time.sleep(0.001)
+                serving.encoder.blocked.set()
+            yield messages.StreamRouteRequest(text=f"{name} {n}", id=str(n))
+
+    responses = list(serving.router.StreamRoute(requests(), timeout=TIMEOUT))
     assert [response.id for response in responses] == [str(n) for n in range(500)]
     assert [response.decision.task for response in responses] == names
-    assert len(serving.encoder.batches) < 400
+    assert [len(batch) for batch in serving.encoder.batches[:2]] == [1, 32]
 
 
 def test_a_bad_text_in_a_stream_gets_an_error_of_its_own(serving: Serving) -> None:
