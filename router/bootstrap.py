@@ -103,14 +103,17 @@ def serve(settings: ServerSettings, announce: Callable[[str], None]) -> None:
 
     Raises:
         PromptyardError: a model or the catalog cannot be loaded, an address is in use, or the
-            file of tokens cannot be used.
+            file of tokens or of certificates cannot be used.
     """
     from router.access import read_tokens
     from router.server import check_address
+    from router.tls import check_certificates
 
     check_address(settings.listen)
     if settings.tokens is not None:
         read_tokens(settings.tokens)
+    if settings.tls is not None:
+        check_certificates(settings.tls)
     if settings.metrics is None:
         with open_router(settings) as router:
             _run(router, settings, announce)

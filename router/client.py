@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar, cast
 
 import grpc
@@ -14,6 +16,7 @@ from grpc_status import rpc_status
 
 from router.answer import AnswerEvent
 from router.decision import Decision
+from router.errors import InvalidInputError
 from router.tasks import SoftPrompt
 from router.v1 import router_service_pb2 as messages
 from router.v1 import task_pb2
@@ -57,6 +60,19 @@ _OPTIONS = [
 ]
 
 
+@dataclass(frozen=True, slots=True)
+class ClientTls:
+    """PEM files for TLS. All of them may be left out.
+
+    `ca` is the server's authority; without it those count that the system trusts. `certificate`
+    and `key` are the client's own, for a server that asks for one.
+    """
+
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+
+
 class RouterError(Exception):
     """A call that failed.
 
@@ -89,16 +105,23 @@ class RouterClient:
         timeout: float = 10.0,
         stream_timeout: float = 300.0,
         token: str = "",
+        tls: ClientTls | None = None,
     ) -> None:
         """`target` is HOST:PORT. The timeouts (seconds) bound a single call, and a whole stream.
 
-        `token` is sent with every call, for a server that asks for one. Nothing is sent before the
-        first call.
+        `token` is sent with every call, for a server that asks for one. Without `tls` everybody on
+        the way can read it, and the texts. Nothing is sent before the first call.
+
+        Raises:
+            InvalidInputError: a file of `tls` cannot be read.
         """
         self._timeout = timeout
         self._stream_timeout = stream_timeout
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
-        self._channel = grpc.insecure_channel(target, options=_OPTIONS)
+        if tls is None:
+            self._channel = grpc.insecure_channel(target, options=_OPTIONS)
+        else:
+            self._channel = grpc.secure_channel(target, _credentials(tls), options=_OPTIONS)
         self._router = RouterServiceStub(self._channel)
         self._tasks = TaskServiceStub(self._channel)
 
@@ -213,6 +236,18 @@ class RouterClient:
         request = task_messages.GetTaskRequest(name=name)
         with _router_errors():
             return self._tasks.GetTask(request, timeout=self._timeout, metadata=self._metadata).task
+
+
+def _credentials(tls: ClientTls) -> grpc.ChannelCredentials:
+    def read(path: Path | None) -> bytes | None:
+        try:
+            return None if path is None else path.read_bytes()
+        except OSError as error:
+            raise InvalidInputError(
+                f"tls {path}", error.strerror or error, "give a PEM file that can be read"
+            ) from error
+
+    return grpc.ssl_channel_credentials(read(tls.ca), read(tls.key), read(tls.certificate))
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from router.errors import InvalidInputError
 from router.routing import Router
 from router.servicers import RouterServicer, ServerFacts, TaskServicer
 from router.settings import ServerSettings
+from router.tls import server_credentials
 from router.v1 import router_service_pb2, task_service_pb2
 
 _ROUTER = router_service_pb2.DESCRIPTOR.services_by_name["RouterService"]
@@ -74,7 +75,8 @@ class RouterServer:
         """Begin to serve; returns the address, with the real port where port 0 was asked for.
 
         Raises:
-            InvalidInputError: the address cannot be listened on, or the tokens cannot be read.
+            InvalidInputError: the address cannot be listened on, or tokens or certificates be
+                read.
         """
         settings = self._settings
         self._server = server = aio.server(options=_options(settings.limits.max_request_bytes))
@@ -97,7 +99,10 @@ class RouterServer:
             server,
         )
         try:
-            port = server.add_insecure_port(settings.listen)
+            if settings.tls is None:
+                port = server.add_insecure_port(settings.listen)
+            else:
+                port = server.add_secure_port(settings.listen, server_credentials(settings.tls))
         except RuntimeError:
             raise InvalidInputError(
                 "listen", settings.listen, "choose a free port and an address of this machine"

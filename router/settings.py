@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,19 +24,31 @@ _ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):(\d{1,5})")
 
 
 @dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """PEM files: the server's chain and key, and the authority that clients must be of, if any."""
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ServerSettings:
     """How a server is set up.
 
     `encoder` and `base_model` are names or folders; without `base_model` the server only routes.
     A device is `cpu`, `cuda` or `auto`. Times are in seconds. `metrics` is the HOST:PORT that
     Prometheus scrapes; without it nothing is counted. Without `tokens` (a file, see
-    `router.access`) everybody who reaches the server may call everything.
+    `router.access`) everybody who reaches the server may call everything. Without `tls` only this
+    machine can reach it, unless `insecure` says that others may.
     """
 
     home: Path
     listen: str = DEFAULT_LISTEN
     metrics: str | None = None
     tokens: Path | None = None
+    tls: TlsFiles | None = None
+    insecure: bool = False
     encoder: str = DEFAULT_ENCODER
     base_model: str | None = DEFAULT_BASE_MODEL
     encoder_device: str = "auto"
@@ -52,6 +65,13 @@ class ServerSettings:
     def __post_init__(self) -> None:
         """Raises InvalidInputError: a value that no server could work with."""
         _check_address("listen", self.listen)
+        if self.tls is None and not self.insecure and not _is_loopback(self.listen):
+            raise InvalidInputError(
+                "listen",
+                self.listen,
+                "give --tls-cert and --tls-key, or --insecure for a network that you trust:"
+                " others can reach this address",
+            )
         if self.metrics is not None:
             _check_address("metrics", self.metrics)
         if self.routing_batches.queue_items < self.limits.max_batch_texts:
@@ -60,6 +80,16 @@ class ServerSettings:
                 self.routing_batches.queue_items,
                 f"let the queue hold a whole batch of {self.limits.max_batch_texts} texts",
             )
+
+
+def _is_loopback(address: str) -> bool:
+    host = address.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _check_address(field: str, value: str) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 from click.testing import Result
 from typer.testing import CliRunner
 
 from router.server import check_address
+from router.settings import TlsFiles
 from tests.fakes import FakeLanguageModel, make_router, make_settings, running_server
 from trainer.cli import app
 
@@ -169,6 +171,39 @@ def test_a_file_of_tokens_that_cannot_be_used_is_refused_before_anything_is_load
     assert "none.yaml: No such file" in " ".join(result.stderr.split())
 
 
+def test_a_server_can_be_asked_over_tls(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    ca, chain, key = (tmp_path / name for name in ("ca.pem", "chain.pem", "key.pem"))
+    authority.cert_pem.write_to_path(str(ca))
+    certificate.cert_chain_pems[0].write_to_path(str(chain))
+    certificate.private_key_pem.write_to_path(str(key))
+    settings = make_settings(tls=TlsFiles(chain, key))
+    with running_server(make_router(), settings) as address:
+        [decision] = document(
+            promptyard("route", "weather", "--server", address, "--tls-ca", ca, "--json")
+        )
+        assert decision["task"] == "weather"
+        plain = document(promptyard("route", "weather", "--server", address, "--json"), 1)
+        assert "--tls" in plain["error"]["remedy"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "missing"),
+    [
+        (["serve", "--tls-cert", "a.pem"], "--tls-key: missing"),
+        (["serve", "--tls-key", "a.pem"], "--tls-cert: missing"),
+        (["serve", "--tls-client-ca", "a.pem"], "--tls-cert: missing"),
+        (["status", "--tls-cert", "a.pem"], "--tls-key: missing"),
+        (["status", "--tls-ca", "none.pem"], "none.pem: No such file or directory"),
+    ],
+)
+def test_a_file_for_tls_that_is_missing_is_named(arguments: list[str], missing: str) -> None:
+    result = promptyard(*arguments)
+    assert result.exit_code == 2
+    assert missing in " ".join(result.stderr.split())
+
+
 def test_what_was_not_registered_is_named_with_its_reason(home: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "rows.jsonl", TASKS["weather"])
     result = promptyard("register", "weather", "--data", data, "--home", home)
@@ -221,7 +256,9 @@ def test_a_port_for_metrics_that_is_taken_is_refused_as_early(tmp_path: Path) ->
 
 @pytest.mark.parametrize("listen", ["203.0.113.9:50051", "no.such.host.invalid:50051"])
 def test_an_address_of_another_machine_is_refused(listen: str, tmp_path: Path) -> None:
-    result = promptyard("serve", "--listen", listen, "--home", tmp_path, "--encoder", "none/such")
+    serve = ("serve", "--listen", listen, "--home", tmp_path, "--encoder", "none/such")
+    assert "--insecure" in promptyard(*serve).stderr
+    result = promptyard(*serve, "--insecure")
     assert result.exit_code == 2
     assert f"listen: {listen} (" in " ".join(result.stderr.split())
     assert "an address of this machine" in " ".join(result.stderr.split())

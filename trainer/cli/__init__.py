@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from trainer.cli import demo, evaluation, serving, tasks
+from trainer.cli import demo, evaluation, operating, serving, tasks
 from trainer.cli.console import quiet_libraries
 
 app = typer.Typer(
@@ -15,6 +15,7 @@ app = typer.Typer(
     add_completion=False,
 )
 tasks.add_to(app)
+operating.add_to(app)
 serving.add_to(app)
 demo.add_to(app)
 app.add_typer(evaluation.app, name="evaluate")

@@ -66,6 +66,33 @@ AccessToken = Annotated[
         "prefer the environment.",
     ),
 ]
+UseTls = Annotated[
+    bool,
+    typer.Option(
+        "--tls",
+        envvar="PROMPTYARD_TLS",
+        help="Speak TLS to the server, trusting what this system trusts. The other --tls flags "
+        "imply it.",
+    ),
+]
+TlsCa = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls-ca", envvar="PROMPTYARD_TLS_CA", help="The authority of the server, as PEM."
+    ),
+]
+TlsCert = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls-cert",
+        envvar="PROMPTYARD_CLIENT_CERT",
+        help="A certificate to show to a server that asks for one, as PEM.",
+    ),
+]
+TlsKey = Annotated[
+    Path | None,
+    typer.Option("--tls-key", envvar="PROMPTYARD_CLIENT_KEY", help="Its key, as PEM."),
+]
 
 ReportProgress = Callable[[str, str, int, int], None]
 
@@ -120,7 +147,10 @@ def fail_of_server(server: str, error: RouterError, as_json: bool = False) -> No
     """Print the error that a call to `server` ended with, and leave with its exit code."""
     remedy = error.remedy
     if error.reason == "UNAVAILABLE":
-        remedy = "check the address, and that a server runs there: `promptyard serve`"
+        remedy = (
+            "check the address, that a server runs there (`promptyard serve`), and --tls if it"
+            " speaks TLS"
+        )
     if as_json:
         fields = {"reason": error.reason, "field": error.field or "server"}
         fields |= {"value": error.value or error.message, "remedy": remedy}

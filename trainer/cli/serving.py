@@ -1,4 +1,4 @@
-"""Commands of the read path: serve, route, generate, status."""
+"""Commands that ask: route, generate, status."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from router.roles import Role
-from router.settings import DEFAULT_BASE_MODEL, DEFAULT_ENCODER, DEFAULT_LISTEN, ServerSettings
+from router.errors import InvalidInputError
+from router.settings import (
+    DEFAULT_BASE_MODEL,
+    DEFAULT_ENCODER,
+    DEFAULT_LISTEN,
+    ServerSettings,
+)
 from trainer.cli.console import (
     AccessToken,
     AsJson,
@@ -20,6 +25,10 @@ from trainer.cli.console import (
     EncoderName,
     Home,
     Server,
+    TlsCa,
+    TlsCert,
+    TlsKey,
+    UseTls,
     errors_for_people,
     fail_of_server,
     home_folder,
@@ -30,7 +39,7 @@ from trainer.cli.console import (
 
 if TYPE_CHECKING:
     from router.answer import AnswerEvent
-    from router.client import RouterClient
+    from router.client import ClientTls, RouterClient
     from router.decision import Decision
     from router.routing import Router
 
@@ -43,65 +52,9 @@ Texts = Annotated[list[str], typer.Argument(metavar="TEXT...", help="One or more
 
 def add_to(app: typer.Typer) -> None:
     """Mount the commands."""
-    app.command("serve")(serve)
     app.command("route")(route)
     app.command("generate")(generate)
     app.command("status")(status)
-    app.command("token")(token)
-
-
-def serve(
-    listen: Annotated[
-        str, typer.Option(envvar="PROMPTYARD_LISTEN", help="HOST:PORT; port 0 takes a free one.")
-    ] = DEFAULT_LISTEN,
-    metrics: Annotated[
-        str | None,
-        typer.Option(
-            envvar="PROMPTYARD_METRICS",
-            help="HOST:PORT that Prometheus scrapes over HTTP. Default: no metrics.",
-        ),
-    ] = None,
-    tokens: Annotated[
-        Path | None,
-        typer.Option(
-            envvar="PROMPTYARD_TOKENS",
-            help="File of the tokens that callers must have, see `promptyard token`. It is read "
-            "again when it changes. Default: everybody may call everything.",
-        ),
-    ] = None,
-    home: Home = None,
-    encoder: EncoderName = DEFAULT_ENCODER,
-    base_model: BaseModel = DEFAULT_BASE_MODEL,
-    route_only: Annotated[
-        bool, typer.Option("--route-only", help="Load no base model; Generate is refused.")
-    ] = False,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of each model.")] = 2,
-    poll_seconds: Annotated[
-        float, typer.Option(min=0.01, help="How often to look for a new catalog revision.")
-    ] = 0.25,
-) -> None:
-    """Serve the catalog over gRPC until SIGTERM or Ctrl-C.
-
-    Prints one line when calls can come. New tasks are picked up by themselves. The log goes to
-    stderr, as JSON lines, and never carries the text of an input.
-    """
-    with errors_for_people():
-        from router.bootstrap import log_to_stderr
-        from router.bootstrap import serve as run_server
-
-        log_to_stderr()
-        settings = ServerSettings(
-            home=home_folder(home),
-            listen=listen,
-            metrics=metrics,
-            tokens=tokens,
-            encoder=encoder,
-            base_model=None if route_only else base_model,
-            encoder_threads=threads,
-            base_model_threads=threads,
-            poll_seconds=poll_seconds,
-        )
-        run_server(settings, lambda line: print(line, flush=True))  # noqa: T201
 
 
 def route(
@@ -109,6 +62,10 @@ def route(
     top_k: Annotated[int, typer.Option(min=0, max=100, help="Candidates to list.")] = 0,
     server: Server = None,
     token: AccessToken = "",
+    tls: UseTls = False,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
     home: Home = None,
     encoder: EncoderName = DEFAULT_ENCODER,
     as_json: AsJson = False,
@@ -117,7 +74,9 @@ def route(
     with errors_for_people(as_json):
         if server is not None:
             decisions = _remote(
-                _ServerAt(server, token), as_json, lambda client: client.batch_route(texts, top_k)
+                _server_at(server, token, tls, tls_ca, tls_cert, tls_key),
+                as_json,
+                lambda client: client.batch_route(texts, top_k),
             )
         else:
             decisions = _in_process(
@@ -155,6 +114,10 @@ def generate(
     max_output_tokens: Annotated[int, typer.Option(help="0: the default.")] = 0,
     server: Server = None,
     token: AccessToken = "",
+    tls: UseTls = False,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
     home: Home = None,
     encoder: EncoderName = DEFAULT_ENCODER,
     base_model: BaseModel = DEFAULT_BASE_MODEL,
@@ -165,7 +128,7 @@ def generate(
         passages = context or []
         if server is not None:
             answers = _remote(
-                _ServerAt(server, token),
+                _server_at(server, token, tls, tls_ca, tls_cert, tls_key),
                 as_json,
                 lambda client: [
                     list(
@@ -209,6 +172,10 @@ def generate(
 def status(
     server: Annotated[str, typer.Option(help="The server's HOST:PORT.")] = DEFAULT_LISTEN,
     token: AccessToken = "",
+    tls: UseTls = False,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a server serves: revision, tasks, tasks out of service, models."""
@@ -216,7 +183,11 @@ def status(
         from google.protobuf.json_format import MessageToDict
 
         document = MessageToDict(
-            _remote(_ServerAt(server, token), as_json, lambda client: client.status()),
+            _remote(
+                _server_at(server, token, tls, tls_ca, tls_cert, tls_key),
+                as_json,
+                lambda client: client.status(),
+            ),
             preserving_proto_field_name=True,
         )
         if as_json:
@@ -225,44 +196,28 @@ def status(
             out.print_json(data=document)
 
 
-def token(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Whom the token is for.")],
-    roles: Annotated[
-        list[Role],
-        typer.Option(
-            "--role",
-            help="What it may be used for; repeatable. route: Route, BatchRoute, StreamRoute. "
-            "generate: Generate. read: the tasks, the status and the soft prompts.",
-        ),
-    ],
-    as_json: AsJson = False,
-) -> None:
-    """Make a token, and the entry that lets a server know it. The token is shown only here.
-
-    promptyard token checkout-service --role route --role generate
-    """
-    with errors_for_people(as_json):
-        import yaml
-
-        from router.access import new_token
-
-        secret, entry = new_token(name, roles)
-        if as_json:
-            print_json({"token": secret, "entry": entry})
-            return
-        out.print("for the caller, as PROMPTYARD_TOKEN:", highlight=False)
-        out.print(f"  {secret}", highlight=False, markup=False, soft_wrap=True)
-        out.print("for the server, in the file that --tokens names:", highlight=False)
-        text = yaml.safe_dump({"tokens": [entry]}, sort_keys=False, width=1000)
-        out.print(text.rstrip(), highlight=False, markup=False, soft_wrap=True)
-
-
 @dataclass(frozen=True, slots=True)
 class _ServerAt:
     """Where a server is, and how to be let in."""
 
     address: str
     token: str
+    tls: ClientTls | None
+
+
+def _server_at(
+    address: str, token: str, tls: bool, ca: Path | None, cert: Path | None, key: Path | None
+) -> _ServerAt:
+    from router.client import ClientTls
+
+    if (cert is None) != (key is None):
+        raise InvalidInputError(
+            "--tls-key" if key is None else "--tls-cert",
+            "missing",
+            "give a certificate and its key",
+        )
+    wanted = tls or ca is not None or cert is not None
+    return _ServerAt(address, token, ClientTls(ca, cert, key) if wanted else None)
 
 
 def _remote(server: _ServerAt, as_json: bool, ask: Callable[[RouterClient], Result]) -> Result:
@@ -270,7 +225,7 @@ def _remote(server: _ServerAt, as_json: bool, ask: Callable[[RouterClient], Resu
     from router.client import RouterClient, RouterError
 
     try:
-        with RouterClient(server.address, token=server.token) as client:
+        with RouterClient(server.address, token=server.token, tls=server.tls) as client:
             return ask(client)
     except RouterError as error:
         fail_of_server(server.address, error, as_json)
