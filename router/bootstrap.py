@@ -98,6 +98,25 @@ def open_router(settings: ServerSettings, observer: Observer = UNOBSERVED) -> It
         yield router
 
 
+def check_settings(settings: ServerSettings) -> None:
+    """Look at everything that settings name and that can be looked at before a model is loaded.
+
+    Raises:
+        InvalidInputError: an address is taken, or a file of tokens or certificates unusable.
+    """
+    from router.access import read_tokens
+    from router.server import check_address
+    from router.tls import check_certificates
+
+    check_address(settings.listen)
+    if settings.metrics is not None:
+        check_address(settings.metrics, "metrics")
+    if settings.tokens is not None:
+        read_tokens(settings.tokens)
+    if settings.tls is not None:
+        check_certificates(settings.tls)
+
+
 def serve(settings: ServerSettings, announce: Callable[[str], None]) -> None:
     """Serve until SIGTERM or SIGINT; `announce` gets one line when calls can come.
 
@@ -105,15 +124,7 @@ def serve(settings: ServerSettings, announce: Callable[[str], None]) -> None:
         PromptyardError: a model or the catalog cannot be loaded, an address is in use, or the
             file of tokens or of certificates cannot be used.
     """
-    from router.access import read_tokens
-    from router.server import check_address
-    from router.tls import check_certificates
-
-    check_address(settings.listen)
-    if settings.tokens is not None:
-        read_tokens(settings.tokens)
-    if settings.tls is not None:
-        check_certificates(settings.tls)
+    check_settings(settings)
     if settings.metrics is None:
         with open_router(settings) as router:
             _run(router, settings, announce)
@@ -121,7 +132,6 @@ def serve(settings: ServerSettings, announce: Callable[[str], None]) -> None:
 
     from router.prometheus import PrometheusMetrics, metrics_port, serving
 
-    check_address(settings.metrics, "metrics")
     metrics = PrometheusMetrics()
     with open_router(settings, metrics) as router:
         metrics.watch(lambda: serving(router))

@@ -41,13 +41,15 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, f
 EncoderName = Annotated[
     str,
     typer.Option(
+        envvar="PROMPTYARD_ENCODER",
         help="Sentence encoder: all-MiniLM-L6-v2 (comes with the install), or any "
-        "sentence-transformers model by hub name or folder."
+        "sentence-transformers model by hub name or folder.",
     ),
 ]
 BaseModel = Annotated[
     str | None,
     typer.Option(
+        envvar="PROMPTYARD_BASE_MODEL",
         help="Base model: a folder or hub name of any Hugging Face seq2seq or causal model. "
         "Default: the one that comes with the install.",
         show_default=False,

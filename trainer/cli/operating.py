@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from router.errors import InvalidInputError
+from router.limits import Limits
 from router.roles import Role
 from router.settings import (
     DEFAULT_BASE_MODEL,
     DEFAULT_ENCODER,
     DEFAULT_LISTEN,
+    ROUTING_BATCHES,
     ServerSettings,
     TlsFiles,
 )
+from trainer.cli.configuration import ConfigFile
 from trainer.cli.console import (
     AsJson,
     BaseModel,
@@ -25,7 +29,10 @@ from trainer.cli.console import (
     home_folder,
     out,
     print_json,
+    print_table,
 )
+
+_LIMITS = Limits()
 
 
 def add_to(app: typer.Typer) -> None:
@@ -35,6 +42,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def serve(
+    config: ConfigFile = None,  # noqa: ARG001 - its callback reads it
     listen: Annotated[
         str, typer.Option(envvar="PROMPTYARD_LISTEN", help="HOST:PORT; port 0 takes a free one.")
     ] = DEFAULT_LISTEN,
@@ -73,30 +81,86 @@ def serve(
     insecure: Annotated[
         bool,
         typer.Option(
-            "--insecure", help="Let others than this machine reach the server without TLS."
+            "--insecure",
+            envvar="PROMPTYARD_INSECURE",
+            help="Let others than this machine reach the server without TLS.",
         ),
     ] = False,
     home: Home = None,
     encoder: EncoderName = DEFAULT_ENCODER,
     base_model: BaseModel = DEFAULT_BASE_MODEL,
     route_only: Annotated[
-        bool, typer.Option("--route-only", help="Load no base model; Generate is refused.")
+        bool,
+        typer.Option(
+            "--route-only",
+            envvar="PROMPTYARD_ROUTE_ONLY",
+            help="Load no base model; Generate is refused.",
+        ),
     ] = False,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of each model.")] = 2,
+    threads: Annotated[
+        int, typer.Option(min=1, envvar="PROMPTYARD_THREADS", help="Threads of each model.")
+    ] = 2,
     poll_seconds: Annotated[
-        float, typer.Option(min=0.01, help="How often to look for a new catalog revision.")
+        float,
+        typer.Option(
+            min=0.01,
+            envvar="PROMPTYARD_POLL_SECONDS",
+            help="How often to look for a new catalog revision.",
+        ),
     ] = 0.25,
+    shutdown_seconds: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            envvar="PROMPTYARD_SHUTDOWN_SECONDS",
+            help="How long running calls may take after SIGTERM.",
+        ),
+    ] = 10.0,
+    max_calls: Annotated[
+        int,
+        typer.Option(
+            min=1, envvar="PROMPTYARD_MAX_CALLS", help="Calls at the same time; more are refused."
+        ),
+    ] = 1000,
+    max_text_bytes: Annotated[
+        int,
+        typer.Option(min=1, envvar="PROMPTYARD_MAX_TEXT_BYTES", help="UTF-8 bytes of one text."),
+    ] = _LIMITS.max_text_bytes,
+    max_batch_texts: Annotated[
+        int,
+        typer.Option(min=1, envvar="PROMPTYARD_MAX_BATCH_TEXTS", help="Texts of one BatchRoute."),
+    ] = _LIMITS.max_batch_texts,
+    max_output_tokens: Annotated[
+        int,
+        typer.Option(min=1, envvar="PROMPTYARD_MAX_OUTPUT_TOKENS", help="Tokens of one answer."),
+    ] = _LIMITS.max_output_tokens,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="Check the settings and the files and ports they name, and leave."
+        ),
+    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Serve the catalog over gRPC until SIGTERM or Ctrl-C.
 
     Prints one line when calls can come. New tasks are picked up by themselves. The log goes to
     stderr, as JSON lines, and never carries the text of an input.
+
+    A setting comes from its flag, or else its environment variable, or else the file that
+    --config names, or else its default.
     """
-    with errors_for_people():
-        from router.bootstrap import log_to_stderr
+    with errors_for_people(as_json):
+        from router.bootstrap import check_settings, log_to_stderr
         from router.bootstrap import serve as run_server
 
         log_to_stderr()
+        limits = Limits(
+            max_text_bytes=max_text_bytes,
+            max_batch_texts=max_batch_texts,
+            max_output_tokens=max_output_tokens,
+            default_output_tokens=min(_LIMITS.default_output_tokens, max_output_tokens),
+        )
         settings = ServerSettings(
             home=home_folder(home),
             listen=listen,
@@ -109,8 +173,30 @@ def serve(
             encoder_threads=threads,
             base_model_threads=threads,
             poll_seconds=poll_seconds,
+            shutdown_seconds=shutdown_seconds,
+            max_calls=max_calls,
+            limits=limits,
+            routing_batches=replace(
+                ROUTING_BATCHES, queue_items=max(ROUTING_BATCHES.queue_items, 4 * max_batch_texts)
+            ),
         )
+        if check:
+            check_settings(settings)
+            _print_settings(settings, as_json)
+            return
         run_server(settings, lambda line: print(line, flush=True))  # noqa: T201
+
+
+def _print_settings(settings: ServerSettings, as_json: bool) -> None:
+    found = asdict(settings)
+    if as_json:
+        print_json(found)
+        return
+    rows = []
+    for name, value in found.items():
+        parts = value if isinstance(value, dict) else {"": value}
+        rows += [[f"{name}.{part}".rstrip("."), str(each)] for part, each in parts.items()]
+    print_table(["setting", "value"], rows)
 
 
 def _tls_files(
