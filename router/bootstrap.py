@@ -66,6 +66,7 @@ def open_router(settings: ServerSettings, observer: Observer = UNOBSERVED) -> It
         PromptyardError: a model or the catalog cannot be loaded.
     """
     from router.background import measure_background
+    from router.embedding_cache import CachingEncoder
     from router.live import LiveCatalog
     from router.loading import ServedModels
 
@@ -91,6 +92,8 @@ def open_router(settings: ServerSettings, observer: Observer = UNOBSERVED) -> It
         if base_model is not None:
             answerer = Answerer(base_model, settings.answer_batches, observer)
             closing.callback(answerer.close)
+        if settings.cache_mib > 0:
+            encoder = CachingEncoder(encoder, int(settings.cache_mib * 2**20), observer)
         router = Router(
             live, encoder, answerer, settings.limits, settings.routing_batches, observer
         )

@@ -135,5 +135,8 @@ class Observer(Protocol):
     def batch_ended(self, queue: str, items: int) -> None:
         """So many items of a queue (`routing`, `answering`) were worked on together."""
 
+    def cache_used(self, *, hits: int, misses: int) -> None:
+        """So many texts of a batch had a remembered embedding, so many did not."""
+
     def decided(self, decision: Decision) -> None:
         """A text was routed."""

@@ -17,6 +17,9 @@ class Unobserved:
     def batch_ended(self, queue: str, items: int) -> None:
         """See `router.interfaces.Observer`."""
 
+    def cache_used(self, *, hits: int, misses: int) -> None:
+        """See `router.interfaces.Observer`."""
+
     def decided(self, decision: Decision) -> None:
         """See `router.interfaces.Observer`."""
 

@@ -74,6 +74,12 @@ class PrometheusMetrics:
             buckets=_ITEMS,
             registry=self.registry,
         )
+        self._cache = Counter(
+            "promptyard_cache_texts",
+            "Texts whose embedding was remembered (hit), or not (miss).",
+            ["result"],
+            registry=self.registry,
+        )
         self._decisions = Counter(
             "promptyard_decisions",
             "Decisions, by task (empty where none fits) and outcome.",
@@ -100,6 +106,11 @@ class PrometheusMetrics:
     def batch_ended(self, queue: str, items: int) -> None:
         """See `router.interfaces.Observer`."""
         self._batch_items.labels(queue).observe(items)
+
+    def cache_used(self, *, hits: int, misses: int) -> None:
+        """See `router.interfaces.Observer`."""
+        self._cache.labels("hit").inc(hits)
+        self._cache.labels("miss").inc(misses)
 
     def decided(self, decision: Decision) -> None:
         """See `router.interfaces.Observer`."""

@@ -40,7 +40,8 @@ class ServerSettings:
     A device is `cpu`, `cuda` or `auto`. Times are in seconds. `metrics` is the HOST:PORT that
     Prometheus scrapes; without it nothing is counted. Without `tokens` (a file, see
     `router.access`) everybody who reaches the server may call everything. Without `tls` only this
-    machine can reach it, unless `insecure` says that others may.
+    machine can reach it, unless `insecure` says that others may. `cache_mib` bounds the memory for
+    embeddings of texts that were seen lately; 0 remembers none.
     """
 
     home: Path
@@ -58,6 +59,7 @@ class ServerSettings:
     poll_seconds: float = 0.25
     shutdown_seconds: float = 10.0
     max_calls: int = 1000
+    cache_mib: float = 64.0
     limits: Limits = field(default_factory=Limits)
     routing_batches: BatchLimits = ROUTING_BATCHES
     answer_batches: BatchLimits = ANSWER_BATCHES

@@ -59,10 +59,13 @@ def test_the_process_says_when_it_is_ready_and_stops_cleanly(
     assert rest == "revision 0, 0 tasks\n"
     with RouterClient(listening.removeprefix("listening on ")) as client:
         assert client.route("is it going to rain?").task is None
+        assert client.route("is it going to rain?").task is None
         status = client.status()
         assert status.encoder.name == "all-MiniLM-L6-v2"
         assert not status.base_model.name
-        assert "promptyard_revision 0.0" in scrape(process)
+        metrics = scrape(process)
+        assert "promptyard_revision 0.0" in metrics
+        assert 'promptyard_cache_texts_total{result="hit"} 1.0' in metrics
         process.send_signal(stop)
         output, errors = process.communicate(timeout=20)
     assert process.returncode == 0

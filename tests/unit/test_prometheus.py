@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from router.answering import Answerer
 from router.client import RouterClient, RouterError
+from router.embedding_cache import CachingEncoder
 from router.errors import InvalidInputError
 from router.prometheus import PrometheusMetrics, metrics_port, serving
 from router.routing import Router
@@ -140,6 +141,16 @@ def test_the_time_is_told_by_stage_and_batches_by_size(
     assert scrape("promptyard_batch_items_sum", queue="routing") == 4
     assert scrape("promptyard_batch_items_count", queue="routing") == 2
     assert scrape("promptyard_batch_items_count", queue="answering") == 1
+
+
+def test_the_embedding_cache_tells_hits_and_misses(
+    metrics: PrometheusMetrics, scrape: Scrape
+) -> None:
+    cache = CachingEncoder(FakeEncoder(), 1 << 20, metrics)
+    cache.encode(["rain", "sun", "rain"])
+    cache.encode(["rain"])
+    assert scrape("promptyard_cache_texts_total", result="hit") == 2
+    assert scrape("promptyard_cache_texts_total", result="miss") == 2
 
 
 def test_what_is_served_is_told_as_it_is_now(

@@ -134,6 +134,14 @@ def serve(
         int,
         typer.Option(min=1, envvar="PROMPTYARD_MAX_OUTPUT_TOKENS", help="Tokens of one answer."),
     ] = _LIMITS.max_output_tokens,
+    cache_mib: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            envvar="PROMPTYARD_CACHE_MIB",
+            help="Memory for embeddings of texts that were seen lately, in MiB; 0: none.",
+        ),
+    ] = 64.0,
     check: Annotated[
         bool,
         typer.Option(
@@ -175,6 +183,7 @@ def serve(
             poll_seconds=poll_seconds,
             shutdown_seconds=shutdown_seconds,
             max_calls=max_calls,
+            cache_mib=cache_mib,
             limits=limits,
             routing_batches=replace(
                 ROUTING_BATCHES, queue_items=max(ROUTING_BATCHES.queue_items, 4 * max_batch_texts)
