@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from router.catalog import CatalogReader, has_catalog
-from router.errors import PromptyardError, TaskExistsError, TaskNotFoundError
+from router.errors import PromptyardError, StorageError, TaskExistsError, TaskNotFoundError
 from router.tasks import TaskRecord, check_task_name
 from trainer.commands import RegisterTask
 from trainer.data import read_rows
 
 if TYPE_CHECKING:
     from trainer.workshop import Published
+
+# A task of a few hundred rows takes about half of it.
+LEAST_FREE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +46,28 @@ def refused_at_once(home: Path, requests: Sequence[RegisterTask]) -> dict[str, P
             except PromptyardError as error:
                 failures[request.name] = error
     return failures
+
+
+def check_writable(home: Path, least_free_bytes: int = LEAST_FREE_BYTES) -> None:
+    """Refuse a home that nothing could be stored in, before minutes are spent on tuning.
+
+    Raises:
+        StorageError: it may not be written, or its disk is full.
+    """
+    place = next(
+        folder for folder in (home.absolute(), *home.absolute().parents) if folder.exists()
+    )
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise StorageError(
+            f"home {home}", "may not be written", "give a folder of yours that is not read-only"
+        )
+    free = shutil.disk_usage(place).free
+    if free < least_free_bytes:
+        raise StorageError(
+            f"home {home}",
+            f"{free} bytes free",
+            f"free disk space: at least {least_free_bytes} bytes",
+        )
 
 
 def next_revision(newest: int, request: RegisterTask) -> int:

@@ -283,12 +283,13 @@ def _register(
     change: PolicyChange,
     tuning: _Tuning,
 ) -> Registered:
-    from trainer.admission import Registered, refused_at_once
+    from trainer.admission import Registered, check_writable, refused_at_once
 
     folder = home_folder(home)
     refused = refused_at_once(folder, requests)
     if len(refused) == len(requests):
         return Registered((), refused, None)
+    check_writable(folder)
 
     from router.bootstrap import load_base_model, load_encoder
     from trainer.register import register as register_tasks
