@@ -28,11 +28,15 @@ _LOOK_AHEAD_BATCHES = 4
 
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
-    """Bounds of the queue (items waiting or being worked on) and of one batch."""
+    """Bounds of the queue (items waiting or being worked on) and of one batch.
+
+    An item that has waited `queue_seconds` when a batch begins is refused instead of worked on.
+    """
 
     queue_items: int
     batch_items: int
     batch_tokens: int
+    queue_seconds: float = 30.0
 
 
 @dataclass(slots=True, eq=False)
@@ -97,7 +101,7 @@ class MicroBatcher(Generic[Item, Result]):
         """The results for `items`, in their order. Cancelling takes them out of the queue.
 
         Raises:
-            OverloadedError: the queue cannot hold them.
+            OverloadedError: the queue cannot hold them, or they waited too long in it.
             Exception: what `work` raised for a batch that one of them was in.
         """
         if self._unfinished + len(items) > self._limits.queue_items:
@@ -123,6 +127,7 @@ class MicroBatcher(Generic[Item, Result]):
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _start_batch(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._refuse_stale()
         # Entries of calls that were cancelled or failed are dropped here.
         self._waiting = [entry for entry in self._waiting if not entry.call.done.done()]
         self._busy = bool(self._waiting)
@@ -130,6 +135,21 @@ class MicroBatcher(Generic[Item, Result]):
             window = self._waiting[: self._limits.batch_items * _LOOK_AHEAD_BATCHES]
             batch = loop.run_in_executor(self._thread, self._run_batch, window)
             batch.add_done_callback(self._finish_batch)
+
+    def _refuse_stale(self) -> None:
+        """Fail calls that waited too long, so that those behind them do not wait as long."""
+        oldest = time.perf_counter() - self._limits.queue_seconds
+        for entry in self._waiting:
+            if entry.since > oldest:
+                break  # the queue is in the order of arrival
+            if not entry.call.done.done():
+                entry.call.done.set_exception(
+                    OverloadedError(
+                        f"{self._name} queue",
+                        f"waited over {self._limits.queue_seconds:g} s",
+                        "try again a little later",
+                    )
+                )
 
     def _run_batch(
         self, window: Sequence[_Entry[Item, Result]]

@@ -25,7 +25,9 @@ from router.v1 import router_service_pb2, task_service_pb2
 
 _ROUTER = router_service_pb2.DESCRIPTOR.services_by_name["RouterService"]
 _TASKS = task_service_pb2.DESCRIPTOR.services_by_name["TaskService"]
-# The empty name is the server's overall health. A task that is out of service does not change it.
+# The empty name is the server's overall health. A task that is out of service does not change it,
+# nor does a catalog revision that cannot be served: that has a name of its own.
+CATALOG_HEALTH = "promptyard.catalog"
 _HEALTH_NAMES = ("", _ROUTER.full_name, _TASKS.full_name)
 
 # Up to this many times the limit of a request, our own error answers a message that is too large.
@@ -70,6 +72,7 @@ class RouterServer:
         self._version = version
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._server: aio.Server | None = None
+        self._catalog_watch: asyncio.Task[None] | None = None
 
     async def start(self) -> str:
         """Begin to serve; returns the address, with the real port where port 0 was asked for.
@@ -110,13 +113,28 @@ class RouterServer:
         await server.start()
         for name in _HEALTH_NAMES:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        await self._report_catalog()
+        self._catalog_watch = asyncio.create_task(self._watch_catalog())
         return f"{settings.listen.rpartition(':')[0]}:{port}"
 
     async def stop(self) -> None:
         """Report NOT_SERVING, refuse new calls, and let the running ones finish."""
+        if self._catalog_watch is not None:
+            self._catalog_watch.cancel()
         await self._health.enter_graceful_shutdown()
         if self._server is not None:
             await self._server.stop(self._settings.shutdown_seconds)
+
+    async def _watch_catalog(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.poll_seconds)
+            await self._report_catalog()
+
+    async def _report_catalog(self) -> None:
+        """The catalog's own health: NOT_SERVING while its newest revision cannot be served."""
+        states = health_pb2.HealthCheckResponse
+        state = states.NOT_SERVING if self._router.live.problem else states.SERVING
+        await self._health.set(CATALOG_HEALTH, state)
 
     async def run(self, announce: Callable[[str], None]) -> None:
         """Serve until SIGTERM or SIGINT. One line is announced when calls can come."""

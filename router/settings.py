@@ -16,8 +16,10 @@ DEFAULT_ENCODER = "all-MiniLM-L6-v2"
 DEFAULT_BASE_MODEL = str(Path(__file__).parent / "models" / "base")
 
 # A batch of the embedded encoder takes about 25 ms, one of the embedded base model about 100.
-ROUTING_BATCHES = BatchLimits(queue_items=1024, batch_items=32, batch_tokens=4096)
-ANSWER_BATCHES = BatchLimits(queue_items=128, batch_items=16, batch_tokens=4096)
+ROUTING_BATCHES = BatchLimits(
+    queue_items=1024, batch_items=32, batch_tokens=4096, queue_seconds=5.0
+)
+ANSWER_BATCHES = BatchLimits(queue_items=128, batch_items=16, batch_tokens=4096, queue_seconds=30.0)
 
 # HOST:PORT, where an IPv6 host stands in brackets.
 _ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):(\d{1,5})")

@@ -60,6 +60,26 @@ def batchers(work: Work) -> Iterator[Callable[..., MicroBatcher[int, int]]]:
 Make = Callable[..., MicroBatcher[int, int]]
 
 
+async def test_what_waited_too_long_is_refused_and_what_came_later_is_not(
+    batchers: Make, work: Work
+) -> None:
+    batcher = batchers(BatchLimits(100, 8, 1000, queue_seconds=0.2))
+    work.free.clear()
+    running = asyncio.create_task(batcher.submit([1]))
+    await asyncio.sleep(0.01)
+    stale = asyncio.create_task(batcher.submit([2, 3]))
+    await asyncio.sleep(0.3)
+    late = asyncio.create_task(batcher.submit([4]))
+    await asyncio.sleep(0.01)
+    work.free.set()
+    assert await running == [2]  # it was being worked on, however long that took
+    with pytest.raises(OverloadedError, match=r"test queue: waited over 0\.2 s; try again"):
+        await stale
+    assert await late == [8]
+    assert work.batches == [[1], [4]]
+    assert batcher.unfinished == 0
+
+
 async def start_blocked(work: Work, batcher: MicroBatcher[int, int]) -> asyncio.Task[list[int]]:
     """A call whose batch is running and does not end until `work.free` is set."""
     work.free.clear()
