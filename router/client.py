@@ -79,7 +79,10 @@ class RouterError(Exception):
     `reason` is the name of an ErrorReason where the server gave one (`TASK_NOT_FOUND`), otherwise
     of the gRPC status (`DEADLINE_EXCEEDED`). `field` is the field at fault, `value` what was found
     there and `remedy` what to do about it, where the server says so; else they are empty.
+    `request_id` is what the server's log calls the call.
     """
+
+    request_id = ""
 
     def __init__(
         self, reason: str, message: str, field: str = "", value: str = "", remedy: str = ""
@@ -255,7 +258,11 @@ def _router_errors() -> Iterator[None]:
     try:
         yield
     except grpc.RpcError as error:
-        raise _router_error(cast("grpc.Call", error)) from None
+        call = cast("grpc.Call", error)
+        failed = _router_error(call)
+        trailers = dict(call.trailing_metadata() or ())
+        failed.request_id = str(trailers.get("x-request-id", ""))
+        raise failed from None
 
 
 @contextlib.contextmanager

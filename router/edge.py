@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import secrets
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -26,6 +28,10 @@ Context = aio.ServicerContext[Any, Any]
 UnaryHandler = Callable[[Any, Context], Awaitable[Message]]
 StreamHandler = Callable[[Any, Context], AsyncIterator[Message]]
 
+_REQUEST_ID = "x-request-id"
+# One line, and short: it comes from a caller and ends up in the log.
+_LOGGABLE = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+
 _log = structlog.get_logger(__name__)
 
 
@@ -38,12 +44,14 @@ class Edge:
         max_request_bytes: int,
         observer: Observer = UNOBSERVED,
         access: TokenFile | None = None,
+        log_calls: bool = False,
     ) -> None:
-        """Without `access` everybody may call everything."""
+        """Without `access` everybody may call everything. `log_calls` logs one line a call."""
         self._max_calls = max_calls
         self._max_request_bytes = max_request_bytes
         self._observer = observer
         self._access = access
+        self._log_calls = log_calls
         self._calls = 0
 
     def handlers(
@@ -79,27 +87,29 @@ class Edge:
 
     def _guard_unary(self, method: MethodDescriptor, handler: UnaryHandler) -> UnaryHandler:
         async def call(request: object, context: Context) -> Message:
+            request_id = _request_id(context)
             try:
-                with self._observed(method), self._admitted(method, context):
+                with self._observed(method, request_id), self._admitted(method, context):
                     return await handler(_readable(request), context)
             except Exception as error:
-                await _fail(method, context, error)
+                await _fail(method, context, error, request_id)
 
         return call
 
     def _guard_stream(self, method: MethodDescriptor, handler: StreamHandler) -> StreamHandler:
         async def call(request: object, context: Context) -> AsyncIterator[Message]:
+            request_id = _request_id(context)
             try:
-                with self._observed(method), self._admitted(method, context):
+                with self._observed(method, request_id), self._admitted(method, context):
                     async for response in handler(_readable(request), context):
                         yield response
             except Exception as error:
-                await _fail(method, context, error)
+                await _fail(method, context, error, request_id)
 
         return call
 
     @contextlib.contextmanager
-    def _observed(self, method: MethodDescriptor) -> Iterator[None]:
+    def _observed(self, method: MethodDescriptor, request_id: str) -> Iterator[None]:
         began = time.perf_counter()
         code = grpc.StatusCode.OK
         try:
@@ -111,7 +121,16 @@ class Edge:
             code = grpc.StatusCode.CANCELLED
             raise
         finally:
-            self._observer.call_ended(method.name, code.name, time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            self._observer.call_ended(method.name, code.name, seconds)
+            if self._log_calls:
+                _log.info(
+                    "call",
+                    request_id=request_id,
+                    method=method.name,
+                    code=code.name,
+                    milliseconds=round(1000 * seconds, 3),
+                )
 
     @contextlib.contextmanager
     def _admitted(self, method: MethodDescriptor, context: Context) -> Iterator[None]:
@@ -132,14 +151,26 @@ def _readable(request: object) -> object:
     return request
 
 
-async def _fail(method: MethodDescriptor, context: Context, error: Exception) -> NoReturn:
+def _request_id(context: Context) -> str:
+    """The caller's own id of the call, or a new one where it gave none that can be logged."""
+    for key, value in context.invocation_metadata() or ():
+        if key == _REQUEST_ID and isinstance(value, str) and _LOGGABLE.fullmatch(value):
+            return value
+    return secrets.token_hex(8)
+
+
+async def _fail(
+    method: MethodDescriptor, context: Context, error: Exception, request_id: str
+) -> NoReturn:
     if not isinstance(error, PromptyardError):
         # Frames, but neither the message nor values: those may hold a caller's text.
         _log.error(
             "call failed",
+            request_id=request_id,
             method=method.full_name,
             error=type(error).__name__,
             frames="".join(traceback.format_tb(error.__traceback__)),
         )
     ending = failure(error)
-    await context.abort(ending.code, ending.message, ending.trailers)
+    trailers = (*ending.trailers, (_REQUEST_ID, request_id))
+    await context.abort(ending.code, ending.message, trailers)

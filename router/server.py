@@ -88,6 +88,7 @@ class RouterServer:
             settings.limits.max_request_bytes,
             self._router.observer,
             None if settings.tokens is None else TokenFile(settings.tokens),
+            settings.log_calls,
         )
         facts = ServerFacts(self._version, datetime.now(UTC))
         server.add_generic_rpc_handlers(

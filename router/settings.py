@@ -43,7 +43,7 @@ class ServerSettings:
     Prometheus scrapes; without it nothing is counted. Without `tokens` (a file, see
     `router.access`) everybody who reaches the server may call everything. Without `tls` only this
     machine can reach it, unless `insecure` says that others may. `cache_mib` bounds the memory for
-    embeddings of texts that were seen lately; 0 remembers none.
+    embeddings of texts that were seen lately; 0 remembers none. `log_calls` logs one line a call.
     """
 
     home: Path
@@ -62,6 +62,7 @@ class ServerSettings:
     shutdown_seconds: float = 10.0
     max_calls: int = 1000
     cache_mib: float = 64.0
+    log_calls: bool = False
     limits: Limits = field(default_factory=Limits)
     routing_batches: BatchLimits = ROUTING_BATCHES
     answer_batches: BatchLimits = ANSWER_BATCHES

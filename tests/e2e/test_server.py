@@ -337,6 +337,50 @@ def test_a_defect_is_internal_and_tells_the_client_nothing(
     assert "secret" not in logged
 
 
+@pytest.mark.parametrize(
+    ("sent", "kept"),
+    [("order-7/step:2", True), ("", False), ("two words", False), ("x" * 129, False)],
+)
+def test_a_call_that_fails_is_named_by_its_request_id(
+    serving: Serving, capsys: pytest.CaptureFixture[str], sent: str, kept: bool
+) -> None:
+    serving.encoder.broken = RuntimeError("a defect")
+    metadata = [("x-request-id", sent)] if sent else []
+    error, _ = failed(
+        lambda: serving.router.Route(route("weather"), timeout=TIMEOUT, metadata=metadata)
+    )
+    trailers = dict(error.trailing_metadata())
+    assert (trailers["x-request-id"] == sent) is kept
+    assert trailers["x-request-id"] in "".join(capsys.readouterr())
+
+
+def test_calls_are_logged_where_that_is_asked_for_and_texts_never(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with Serving(make_settings(log_calls=True)) as serving:
+        metadata = [("x-request-id", "order-7")]
+        serving.router.Route(route("secret weather"), timeout=TIMEOUT, metadata=metadata)
+        generate(serving, "a secret story")
+        failed(lambda: serving.router.Route(route(""), timeout=TIMEOUT))
+    lines = [line for line in "".join(capsys.readouterr()).splitlines() if "request_id" in line]
+    assert len(lines) == 3
+    for line, parts in zip(
+        lines,
+        (["order-7", "Route", "OK"], ["Generate", "OK"], ["Route", "INVALID_ARGUMENT"]),
+        strict=True,
+    ):
+        assert all(part in line for part in parts), line
+        assert "milliseconds" in line
+        assert "secret" not in line
+
+
+def test_without_being_asked_the_server_logs_no_calls(
+    serving: Serving, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serving.router.Route(route("weather"), timeout=TIMEOUT)
+    assert "request_id" not in "".join(capsys.readouterr())
+
+
 # ---- answers
 
 

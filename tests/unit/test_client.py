@@ -65,6 +65,17 @@ def test_a_text_is_routed_to_the_same_value_that_the_server_decided(client: Rout
     assert client.route("tax law").task is None
 
 
+def test_an_error_names_what_is_wrong_and_how_the_server_calls_the_call(
+    client: RouterClient,
+) -> None:
+    with pytest.raises(RouterError) as caught:
+        client.get_task("none")
+    error = caught.value
+    assert (error.reason, error.field, error.value) == ("TASK_NOT_FOUND", "task", "none")
+    assert "ListTasks" in error.remedy
+    assert len(error.request_id) == 16
+
+
 def test_a_batch_is_routed_in_order(client: RouterClient) -> None:
     decisions = client.batch_route(["sport", "weather"])
     assert [str(decision.task) for decision in decisions] == ["sport@1", "weather@1"]

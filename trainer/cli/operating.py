@@ -142,6 +142,14 @@ def serve(
             help="Memory for embeddings of texts that were seen lately, in MiB; 0: none.",
         ),
     ] = 64.0,
+    log_calls: Annotated[
+        bool,
+        typer.Option(
+            "--log-calls",
+            envvar="PROMPTYARD_LOG_CALLS",
+            help="Log one line a call: id, method, status, time. Texts are never logged.",
+        ),
+    ] = False,
     check: Annotated[
         bool,
         typer.Option(
@@ -184,6 +192,7 @@ def serve(
             shutdown_seconds=shutdown_seconds,
             max_calls=max_calls,
             cache_mib=cache_mib,
+            log_calls=log_calls,
             limits=limits,
             routing_batches=replace(
                 ROUTING_BATCHES, queue_items=max(ROUTING_BATCHES.queue_items, 4 * max_batch_texts)
