@@ -11,7 +11,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format proto bench bench-base-model bench-route clean
+.PHONY: help install demo test fuzz lint format proto bench bench-base-model bench-route clean
 
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -28,6 +28,9 @@ demo: $(INSTALLED)  ## Watch the whole job happen: register, serve, route, answe
 
 test: $(INSTALLED)  ## Run the tests (under ten minutes on two cores)
 	$(BIN)/pytest
+
+fuzz: $(INSTALLED)  ## Try hostile input for long (the tests try it for short)
+	$(BIN)/pytest --hypothesis-profile=fuzz --timeout=0 tests/unit/test_hostile_input.py
 
 lint: $(INSTALLED) $(BUF)  ## Format, lint, types, import contracts, proto, generated code
 	$(BIN)/ruff format --check .

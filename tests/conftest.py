@@ -17,6 +17,12 @@ from tests.forks import ForkServer
 
 # The machine may be busy, and a slow example is no failure.
 settings.register_profile("promptyard", deadline=None, print_blob=True)
+settings.register_profile(
+    "fuzz",
+    deadline=None,
+    print_blob=True,
+    max_examples=int(os.environ.get("PROMPTYARD_FUZZ_EXAMPLES", "20000")),
+)
 settings.load_profile("promptyard")
 
 # A name that is not on the hub must not cost a test a minute; libraries draw no bars.

@@ -98,6 +98,26 @@ def promptyard(*arguments: object) -> str:
     return result.stdout
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["routing", "--data", "none.jsonl"],
+        ["answers", "--data", "none.jsonl"],
+        ["stream", "--train", "none.jsonl", "--test", "none.jsonl"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_report_that_cannot_be_written_is_told_before_the_work_is_done(
+    command: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for folder in (tmp_path / "file", tmp_path / "file" / "report", Path("/proc/report")):
+        result = CliRunner().invoke(app, ["evaluate", *command, "--report", str(folder)])
+        assert result.exit_code == 1
+        assert "STORAGE_FAILED" in result.stderr
+        assert f"report folder {folder}" in result.stderr.replace("\n", "")
+
+
 def document(*arguments: object, exit_code: int = 0) -> Any:
     """What a program gets: one JSON document on stdout; progress goes to stderr."""
     result = CliRunner().invoke(app, [*map(str, arguments), "--json"])

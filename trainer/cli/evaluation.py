@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from router.errors import StorageError
 from router.settings import DEFAULT_BASE_MODEL, DEFAULT_ENCODER
 from trainer.cli.console import (
     AsJson,
@@ -95,6 +97,7 @@ def routing(
         )
 
         log_to_stderr("warning")
+        _make_folder(report)
         rows = read_texts(data, EvaluationFields(input_field, task_field), oos_label)
         loaded = load_encoder(encoder)
         snapshot = load_snapshot(home_folder(home), loaded)
@@ -144,6 +147,7 @@ def answers(
         )
 
         log_to_stderr("warning")
+        _make_folder(report)
         fields = EvaluationFields(input_field, task_field, output_field)
         rows = read_texts(data, fields, oos_label)
         loaded, model = load_encoder(encoder), load_base_model(base_model)
@@ -209,6 +213,7 @@ def stream(
         from trainer.evaluation_rows import EvaluationFields
         from trainer.tuning import TuningSettings
 
+        _make_folder(report)
         fields = EvaluationFields(
             text_field, task_field, None if no_prompt else output_field, instruction_field
         )
@@ -232,6 +237,19 @@ def stream(
             )
         source = train.name if train == test else f"{train.name} and {test.name}"
         _deliver(stream_report(evaluation, source), report, as_json, with_text)
+
+
+def _make_folder(folder: Path | None) -> None:
+    """Make the report's folder before the work, so that the work is not done in vain."""
+    if folder is None:
+        return
+    remedy = "give a writable one with --report"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"report folder {folder}", error.strerror or error, remedy) from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise StorageError(f"report folder {folder}", "may not be written", remedy)
 
 
 def _deliver(report: Report, folder: Path | None, as_json: bool, with_text: bool) -> None:
