@@ -275,6 +275,8 @@ def _why_unreadable(request: type[Request], raw: bytes) -> Unreadable:
         field = request.DESCRIPTOR.fields_by_number.get(part.field_number)
         if field is None or field.type != FieldDescriptor.TYPE_STRING:
             continue
+        if not isinstance(part.data, bytes):
+            continue  # a number under a text's field number
         index = occurrences[field.name] = occurrences.get(field.name, -1) + 1
         try:
             text = part.data.decode()

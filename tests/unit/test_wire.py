@@ -125,6 +125,13 @@ def test_an_unreadable_request_is_told_by_field(
     assert found.error.field == field
 
 
+def test_a_number_in_the_place_of_a_text_does_not_hide_the_text_that_is_at_fault() -> None:
+    read = request_reader(messages.RouteRequest, 100)
+    unreadable = read(b"\x08\x07" + b"\x0a\x02\xff\xfe")
+    assert isinstance(unreadable, Unreadable)
+    assert unreadable.error.field == "text"
+
+
 def test_an_unreadable_request_keeps_its_id() -> None:
     found = request_reader(messages.StreamRouteRequest, 100)(b"\x0a\x01\xff\x1a\x02no")
     assert isinstance(found, Unreadable)
