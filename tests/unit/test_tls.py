@@ -57,15 +57,15 @@ def address(files: TlsFiles) -> Iterator[str]:
         yield address
 
 
-def route(address: str, tls: ClientTls | None) -> str:
+def route(address: str, tls: ClientTls | None, timeout: float = 10) -> str:
     """The outcome of one call on a connection of its own."""
-    with RouterClient(address, timeout=5, tls=tls) as client:
+    with RouterClient(address, timeout=timeout, tls=tls) as client:
         return client.route("weather").outcome.value
 
 
 def refused(address: str, tls: ClientTls | None) -> None:
     with pytest.raises(RouterError) as error:
-        route(address, tls)
+        route(address, tls, timeout=1)  # the client would try again and again
     assert error.value.reason in ("UNAVAILABLE", "DEADLINE_EXCEEDED")
 
 
