@@ -82,7 +82,7 @@ class RouterServer:
                 read.
         """
         settings = self._settings
-        self._server = server = aio.server(options=_options(settings.limits.max_request_bytes))
+        self._server = server = aio.server(options=_options(settings))
         edge = Edge(
             settings.max_calls,
             settings.limits.max_request_bytes,
@@ -164,9 +164,12 @@ def _stop_signals() -> Iterator[asyncio.Event]:
             loop.remove_signal_handler(number)
 
 
-def _options(max_request_bytes: int) -> list[tuple[str, int]]:
+def _options(settings: ServerSettings) -> list[tuple[str, int]]:
+    max_message_bytes = settings.limits.max_request_bytes * _TRANSPORT_SLACK
     return [
-        ("grpc.max_receive_message_length", max_request_bytes * _TRANSPORT_SLACK),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        # One connection cannot take all of `max_calls`: its further calls wait on its own side.
+        ("grpc.max_concurrent_streams", settings.max_connection_calls),
         ("grpc.keepalive_time_ms", _KEEPALIVE_SECONDS * 1000),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", _MIN_CLIENT_PING_SECONDS * 1000),
         # Otherwise a second server would share the port in silence and get half of the calls.

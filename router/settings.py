@@ -61,6 +61,7 @@ class ServerSettings:
     poll_seconds: float = 0.25
     shutdown_seconds: float = 10.0
     max_calls: int = 1000
+    max_connection_calls: int = 200
     cache_mib: float = 64.0
     log_calls: bool = False
     limits: Limits = field(default_factory=Limits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from router.server import check_address
 from router.settings import TlsFiles
 from tests.fakes import FakeLanguageModel, make_router, make_settings, running_server
 from trainer.cli import app
+from trainer.cli.console import quiet_libraries
 
 TASKS = {
     "weather": [f"will it {what} in {where}" for what in ("rain", "snow") for where in "ABCDEF"],
@@ -266,6 +268,16 @@ def test_an_address_of_another_machine_is_refused(listen: str, tmp_path: Path) -
 
 def test_any_free_port_can_be_asked_for() -> None:
     check_address("127.0.0.1:0")
+
+
+def test_libraries_write_no_lines_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GRPC_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS", "TOKENIZERS_PARALLELISM"):
+        monkeypatch.delenv(name, raising=False)
+    quiet_libraries()
+    assert os.environ["GRPC_VERBOSITY"] == "NONE"
+    monkeypatch.setenv("GRPC_VERBOSITY", "DEBUG")  # whoever asks for more gets it
+    quiet_libraries()
+    assert os.environ["GRPC_VERBOSITY"] == "DEBUG"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

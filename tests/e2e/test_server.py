@@ -749,6 +749,22 @@ def health(serving: Serving, service: str) -> int:
     return int(stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=TIMEOUT).status)
 
 
+def test_one_connection_cannot_take_the_places_of_the_others() -> None:
+    with Serving(make_settings(max_connection_calls=2)) as serving:
+        serving.model.slow = True
+        first, second = (start_generating(serving, "a story") for _ in range(2))
+        read_one(first), read_one(second)  # both are running
+        error, _ = failed(lambda: serving.router.Route(route("weather"), timeout=0.5))
+        assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        with grpc.insecure_channel(
+            serving.address, options=[("grpc.use_local_subchannel_pool", 1)]
+        ) as another:
+            RouterServiceStub(another).Route(route("weather"), timeout=TIMEOUT)
+        serving.model.steps.release(100)
+        list(first), list(second)
+        serving.router.Route(route("weather"), timeout=TIMEOUT)
+
+
 def test_health_is_reported_overall_and_by_service(serving: Serving) -> None:
     serving.live.snapshot = make_snapshot(
         tasks=[replace(make_task("weather", None), problem="broken")]

@@ -214,9 +214,11 @@ def progress_bars() -> Iterator[ReportProgress]:
 
 
 def quiet_libraries() -> None:
-    """No progress bars and no hub traffic of libraries under ours."""
+    """No progress bars and no log lines of libraries between ours."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # It writes to stderr itself, and not as JSON: a line for every handshake that fails.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 def _progress_lines() -> ReportProgress:

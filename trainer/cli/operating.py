@@ -122,6 +122,14 @@ def serve(
             min=1, envvar="PROMPTYARD_MAX_CALLS", help="Calls at the same time; more are refused."
         ),
     ] = 1000,
+    max_connection_calls: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            envvar="PROMPTYARD_MAX_CONNECTION_CALLS",
+            help="Calls at the same time on one connection; more wait at the caller.",
+        ),
+    ] = 200,
     max_text_bytes: Annotated[
         int,
         typer.Option(min=1, envvar="PROMPTYARD_MAX_TEXT_BYTES", help="UTF-8 bytes of one text."),
@@ -191,6 +199,7 @@ def serve(
             poll_seconds=poll_seconds,
             shutdown_seconds=shutdown_seconds,
             max_calls=max_calls,
+            max_connection_calls=max_connection_calls,
             cache_mib=cache_mib,
             log_calls=log_calls,
             limits=limits,
