@@ -30,7 +30,12 @@ HEAVY = (
 # builds or measures one certain model.
 NAMES_BACKENDS = ("router/bootstrap.py", "router/backends/", "trainer/base_model/")
 # Tuning needs gradients through the model, which no seam can hide.
-NAMES_TORCH_MODEL = ("trainer/tuning.py", "trainer/prompt_quality.py", "trainer/initialisation.py")
+NAMES_TORCH_MODEL = (
+    "trainer/tuning.py",
+    "trainer/prompt_quality.py",
+    "trainer/initialisation.py",
+    "trainer/example_prompt.py",
+)
 
 
 def modules(*packages: str) -> list[Path]:

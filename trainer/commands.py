@@ -8,7 +8,7 @@ from typing import Literal
 
 from trainer.data import Fields
 
-Initialisation = Literal["text", "vocabulary", "random"]
+Initialisation = Literal["examples", "text", "vocabulary", "random"]
 
 
 @dataclass(frozen=True, slots=True)

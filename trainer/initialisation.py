@@ -9,23 +9,32 @@ from torch import Tensor
 
 from router.backends.torch_model import TorchLanguageModel
 from trainer.commands import Initialisation
+from trainer.example_prompt import example_prompt
 
 
 def initial_prompt(
     model: TorchLanguageModel,
     kind: Initialisation,
     length: int,
-    text: str,
+    instruction: str,
+    labels: Sequence[str] | None,
+    rows: Sequence[tuple[str, str]],
     seed: int,
 ) -> Tensor:
-    """A prompt `[P, H]`, float32, on the model's device.
+    """A prompt `[P, H]`, float32, on the model's device; `rows` are the training rows.
 
-    `text` repeats the embeddings of `text` (an instruction and the labels) up to the length;
-    `vocabulary` takes the embeddings of random tokens (Lester et al. 2021, section 3.2); `random`
-    draws a normal distribution as wide as the vocabulary. The last two are known to learn slower.
+    `examples` puts every label beside the mean encoder state of its rows (see
+    `trainer.example_prompt`), and is `text` where that cannot be made; `text` repeats the
+    embeddings of the instruction and the labels up to the length; `vocabulary` takes the embeddings
+    of random tokens (Lester et al. 2021, section 3.2); `random` draws a normal distribution as wide
+    as the vocabulary. The last two are known to learn slower.
     """
-    if kind == "text":
-        return model.text_embeddings(text, length)
+    if kind == "examples" and labels is not None:
+        made = example_prompt(model, length, instruction, labels, rows)
+        if made is not None:
+            return made.detach()
+    if kind in ("examples", "text"):
+        return model.text_embeddings(" ".join([instruction, *(labels or ())]).strip(), length)
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(model.vocabulary_size, (length,), generator=generator)
     sampled = model.token_embeddings(tokens.tolist())
@@ -33,8 +42,3 @@ def initial_prompt(
         return sampled
     noise = torch.randn(sampled.shape, generator=generator).to(sampled.device)
     return noise * sampled.std() + sampled.mean()
-
-
-def initial_text(instruction: str, labels: Sequence[str] | None) -> str:
-    """What a prompt that starts from text says: the instruction, then every label."""
-    return " ".join([instruction, *(labels or ())]).strip()

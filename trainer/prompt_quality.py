@@ -16,6 +16,8 @@ from router.interfaces import PromptedInput
 
 LabelledRow = tuple[str, str]
 
+_LOSS_ROUNDING = 1e-4
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Quality:
@@ -28,6 +30,10 @@ class Quality:
 
     score: float
     minus_loss: float
+
+    def clearly_exceeds(self, other: Quality) -> bool:
+        """Whether this is better by more than rounding: losses differ a little with the batch."""
+        return self > Quality(other.score, other.minus_loss + _LOSS_ROUNDING)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from router.backends.torch_model import TorchLanguageModel
 from router.errors import IncompatibleModelError, InvalidInputError, PromptyardError
 from router.interfaces import FloatArray, LanguageModel
 from trainer.commands import Initialisation
-from trainer.initialisation import initial_prompt, initial_text
+from trainer.initialisation import initial_prompt
 from trainer.prompt_quality import LabelledRow, Quality, Trial, majority_score, measure
 
 # progress(task or "", stage, done, total)
@@ -168,7 +168,9 @@ class _Task:
             model,
             settings.initialisation,
             settings.length,
-            initial_text(job.instruction, job.labels),
+            job.instruction,
+            job.labels,
+            job.train,
             settings.seed,
         ).requires_grad_()
         instruction = model.text_embeddings(job.instruction) if job.instruction.strip() else None
@@ -214,7 +216,7 @@ class _Task:
 
     def validated(self, quality: Quality) -> None:
         """Keep the prompt as it is now if it is the best so far."""
-        better = self._best is None or quality > self._best[0]
+        better = self._best is None or quality.clearly_exceeds(self._best[0])
         if better and math.isfinite(quality.minus_loss):
             self._best = (quality, self.prompt.detach().clone())
             self._stale = 0

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
-from router.backends.rows import IGNORED, Row, padded, token_losses
+from router.backends.rows import IGNORED, Row, batches, padded, token_losses
 from router.backends.torch_model import Started, TorchLanguageModel
 from router.errors import IncompatibleModelError, InvalidInputError
+
+_MAX_STATES_POSITIONS = 8192
 
 
 class Seq2SeqLanguageModel(TorchLanguageModel):
@@ -69,6 +71,19 @@ class Seq2SeqLanguageModel(TorchLanguageModel):
         )
         logits: Tensor = out.logits
         return logits
+
+    def text_states(self, texts: Sequence[str]) -> Tensor | None:
+        tokens = self.tokenize_inputs(texts, [0] * len(texts), [1] * len(texts))
+        means = torch.zeros(len(texts), self.hidden_size, device=self.device)
+        for batch in batches([len(text.ids) for text in tokens], _MAX_STATES_POSITIONS):
+            embeddings, mask = self._lay_out([Row(None, tokens[i].ids) for i in batch])
+            with torch.no_grad():
+                states = self.network.get_encoder()(
+                    inputs_embeds=embeddings, attention_mask=mask
+                ).last_hidden_state.float()
+            weights = mask[:, :, None]
+            means[batch] = (states * weights).sum(1) / weights.sum(1)
+        return means
 
     def negative_log_likelihood(
         self, rows: Sequence[Row], outputs: Sequence[Sequence[int]]

@@ -129,6 +129,11 @@ class TorchLanguageModel(ABC):
         return int(self._embed.weight.shape[0])
 
     @property
+    def embedding(self) -> Tensor:
+        """The input embeddings `[V, H]`."""
+        return self._embed.weight
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are; every tensor given to the model must be there too."""
         return self._embed.weight.device
@@ -164,6 +169,13 @@ class TorchLanguageModel(ABC):
         One forward pass; padding and memory are the caller's care. `outputs[i]` comes from
         `tokenize_output`.
         """
+
+    def text_states(self, texts: Sequence[str]) -> Tensor | None:  # noqa: ARG002 - overridden
+        """The encoder's mean state of each text without a prompt, `[B, H]`, float32.
+
+        None where there is no encoder.
+        """
+        return None
 
     def copy_for_gradients(self) -> Self:
         """The model to compute gradients with: on some CPUs a faster copy in bfloat16.

@@ -184,6 +184,14 @@ def test_the_best_prompt_is_kept_and_not_the_last(model: TorchLanguageModel) -> 
     assert best == Quality(result.scores["prompt"], -result.validation_loss)
 
 
+def test_a_quality_exceeds_another_by_more_than_rounding() -> None:
+    best = Quality(0.5, -1.0)
+    assert Quality(0.6, -2.0).clearly_exceeds(best)
+    assert Quality(0.5, -0.9).clearly_exceeds(best)
+    assert not Quality(0.5, -1.0 + 1e-6).clearly_exceeds(best)
+    assert not Quality(0.4, -0.1).clearly_exceeds(best)
+
+
 def with_class(model: TorchLanguageModel, kind: type[Seq2SeqLanguageModel]) -> Seq2SeqLanguageModel:
     return kind(model.network, model.tokenizer, name=model.name, fingerprint=model.fingerprint)
 

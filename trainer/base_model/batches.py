@@ -143,6 +143,20 @@ class TrainingRows:
         places = torch.searchsorted(bucket.cumulative, at).clamp(max=len(bucket.rows) - 1)
         return self._assemble(bucket.rows[places], bucket.width, bucket.output_width)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self._device
+
+    def framed_texts(self, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """`[CLS] text [SEP]` of rows, padded on the right [B, width], and its length [B, 1]."""
+        start = self._starts[self._input[rows]][:, None]
+        length = self._lengths[self._input[rows]][:, None]
+        place = torch.arange(width, device=self._device)[None, :] - 1
+        text = self._tokens[(start + place).clamp(0, len(self._tokens) - 1)].long()
+        text = torch.where(place < 0, START, torch.where(place < length, text, PAD))
+        return torch.where(place == length, END, text), length + 2
+
     def _uniform(self, *shape: int) -> Tensor:
         return torch.rand(*shape, generator=self._random, device=self._device)
 
@@ -165,7 +179,7 @@ class TrainingRows:
         tokens = torch.where(place == text_length, END, tokens)
         vectors = torch.where(in_slot & learned, task * LONGEST_PROMPT + position, -1)
         mask = (place <= text_length).long()
-        decoder, labels = self._outputs(rows, output_width)
+        decoder, labels = self.outputs(rows, output_width)
         return Batch(tokens, vectors, mask, decoder, labels)
 
     def _draw_slots(self, task: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,7 +195,8 @@ class TrainingRows:
         written = torch.minimum(written, room)
         return learned, torch.where(learned, vectors, torch.where(text, written, 0))
 
-    def _outputs(self, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    def outputs(self, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Decoder inputs [B, width] of rows, and what the decoder should say."""
         start = self._starts[self._output[rows]][:, None]
         length = self._lengths[self._output[rows]][:, None]
         position = torch.arange(width, device=self._device)[None, :]

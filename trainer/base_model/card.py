@@ -21,6 +21,7 @@ _FAMILIES = {
     "intents": "all or a few intents or domains, by their names or by arbitrary words",
     "pairs": "same intent, statement, question, source, missing word? Word order, well-formedness",
     "semantics": "regions of the encoder's own embedding space, levels along scales, kinds of text",
+    "opinions": "good or bad, and how much: sentences rated by a lexicon, reviews put together",
     "copying": "a word by place or neighbour, a field of a record, a role in an event, a slot",
     "rewriting": "fill in, put in order, split, join, continue",
 }

@@ -20,20 +20,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from transformers import BertModel
 
+from router.bootstrap import load_encoder
+from router.interfaces import Encoder
 from trainer.base_model.corpus import read_corpus, read_lines
 from trainer.base_model.families import TrainingTask, make_tasks
+from trainer.base_model.families.task import Embed
 
 LONGEST_INPUT = 200
 LONGEST_OUTPUT = 38
 LONGEST_INSTRUCTION = 60
 
-_EMBEDDED_TOKENS = 64
+_EMBEDDED_TEXTS = 256
 
 _BENCHMARK_ROWS = {"train": 4600, "dev": 500, "test": 500}
 _LONG_TASKS = ("BoolQA", "MultiRC", "IMDB")
@@ -62,8 +63,8 @@ def main() -> None:
     write_start(minilm, tokenizer, options.out)
     corpus = read_corpus(options.data)
     print("rows dropped because a benchmark holds them:", dict(+corpus.dropped))
-    embedder = Embedder(minilm, tokenizer)
-    tasks = make_tasks(corpus, embedder, random.Random(options.seed), options.rows_per_task)
+    embed = _last_layer(load_encoder())
+    tasks = make_tasks(corpus, embed, random.Random(options.seed), options.rows_per_task)
     write_tasks(tasks, tokenizer, options.out)
     write_benchmark(options.data, tokenizer, options.out, options.seed)
 
@@ -144,33 +145,18 @@ def write_benchmark(data: Path, tokenizer: Tokenizer, out: Path, seed: int) -> N
         json.dump(benchmark, file)
 
 
-class Embedder:
-    """all-MiniLM-L6-v2: texts to unit vectors."""
+def _last_layer(encoder: Encoder) -> Embed:
+    """Texts to unit vectors [N, H]: the last layer's half of what the router's encoder gives."""
 
-    def __init__(self, minilm: Path, tokenizer: Tokenizer) -> None:
-        self._model = BertModel.from_pretrained(minilm)
-        self._model.train(False)
-        self._tokenizer = tokenizer
-        self._known: dict[str, NDArray[np.float32]] = {}
+    def embed(texts: Sequence[str]) -> NDArray[np.float32]:
+        parts = [
+            encoder.encode(texts[start : start + _EMBEDDED_TEXTS]).vectors
+            for start in range(0, len(texts), _EMBEDDED_TEXTS)
+        ]
+        last = np.concatenate(parts)[:, encoder.dimension // 2 :]
+        return np.asarray(last / np.linalg.norm(last, axis=1, keepdims=True), np.float32)
 
-    @torch.inference_mode()
-    def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Embed. Returns [N, H]."""
-        new = sorted(set(texts) - self._known.keys(), key=len)
-        for start in range(0, len(new), 64):
-            batch = new[start : start + 64]
-            encodings = self._tokenizer.encode_batch(batch)
-            width = min(_EMBEDDED_TOKENS, max(len(encoding.ids) for encoding in encodings))
-            ids = torch.zeros(len(batch), width, dtype=torch.long)
-            for line, encoding in zip(ids, encodings, strict=True):
-                kept = encoding.ids[:width]
-                line[: len(kept)] = torch.tensor(kept)
-            mask = (ids != 0).long()
-            states = self._model(input_ids=ids, attention_mask=mask).last_hidden_state
-            means = (states * mask[:, :, None]).sum(1)
-            unit = torch.nn.functional.normalize(means, dim=1).numpy()
-            self._known.update(zip(batch, unit, strict=True))
-        return np.stack([self._known[text] for text in texts])
+    return embed
 
 
 def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:

@@ -27,16 +27,15 @@ SOURCES: dict[str, Source] = {
     ),
     "circa": Source("Circa", "CC BY 4.0", "Louis, Roth and Radlinski 2020"),
     "coached_conv_pref": Source(
-        "Coached Conversational Preference Elicitation", "CC BY-SA 4.0", "Radlinski et al. 2019"
+        "Coached Conversational Preference Elicitation", "CC BY 4.0", "Radlinski et al. 2019"
     ),
     "cosmosqa": Source("Cosmos QA", "CC BY 4.0", "Huang et al. 2019"),
     "country_json": Source("country-json", "MIT", "github.com/samayo/country-json"),
-    "dart": Source("DART", "MIT", "Nan et al. 2021"),
     "disfl_qa": Source("Disfl-QA", "CC BY 4.0", "Gupta et al. 2021"),
     "doqa": Source("DoQA", "CC BY-SA 4.0", "Campos et al. 2020"),
     "e2e": Source("E2E NLG", "CC BY-SA 4.0", "Novikova, Dušek and Rieser 2017"),
     "eurlex": Source(
-        "EUR-Lex documents", "CC BY 4.0", "European Union, Decision 2011/833/EU on reuse"
+        "EUR-Lex documents", "EU reuse policy", "European Union, Decision 2011/833/EU"
     ),
     "gap": Source("GAP coreference", "Apache-2.0", "Webster et al. 2018"),
     "google_wellformed_query": Source(
@@ -47,9 +46,8 @@ SOURCES: dict[str, Source] = {
     "hybridqa": Source("HybridQA", "CC BY 4.0", "Chen et al. 2020"),
     "instruction_induction": Source("Instruction Induction", "Apache-2.0", "Honovich et al. 2022"),
     "librispeech": Source("LibriSpeech transcripts", "CC BY 4.0", "Panayotov et al. 2015"),
-    "limit": Source("LiMiT", "CC BY-SA 4.0", "Manotas et al. 2020"),
     "ljspeech": Source("LJ Speech transcripts", "public domain", "Ito and Johnson 2017"),
-    "multi_woz_v22": Source("MultiWOZ 2.2", "Apache-2.0", "Zang et al. 2020"),
+    "multi_woz_v22": Source("MultiWOZ 2.2", "MIT or Apache-2.0", "Zang et al. 2020"),
     "natural_instructions": Source(
         "Natural Instructions and Super-NaturalInstructions (task definitions)",
         "Apache-2.0",
@@ -64,7 +62,6 @@ SOURCES: dict[str, Source] = {
     "prost": Source("PROST", "Apache-2.0", "Aroca-Ouellette et al. 2021"),
     "qasc": Source("QASC", "CC BY 4.0", "Khot et al. 2020"),
     "qasper": Source("Qasper", "CC BY 4.0", "Dasigi et al. 2021"),
-    "qed": Source("QED", "CC BY-SA 3.0", "Lamm et al. 2021"),
     "ropes": Source("ROPES", "CC BY 4.0", "Lin et al. 2019"),
     "scitail": Source("SciTail", "Apache-2.0", "Khot, Sabharwal and Clark 2018"),
     "smcalflow": Source("SMCalFlow", "CC BY-SA 4.0", "Andreas et al. 2020"),
@@ -73,8 +70,8 @@ SOURCES: dict[str, Source] = {
     "snli_cad": Source(
         "Counterfactually augmented SNLI", "Apache-2.0", "Kaushik, Hovy and Lipton 2020"
     ),
+    "vader": Source("VADER sentiment lexicon", "MIT", "Hutto and Gilbert 2014"),
     "wiki_auto": Source("Wiki-Auto", "CC BY-SA 3.0", "Jiang et al. 2020"),
-    "wiki_movies": Source("WikiMovies", "CC BY 3.0", "Miller et al. 2016"),
     "wikisplit": Source("WikiSplit", "CC BY-SA 4.0", "Botha et al. 2018"),
     "wikitext": Source("WikiText-103", "CC BY-SA 3.0", "Merity et al. 2016"),
     "winogrande": Source("WinoGrande", "CC BY", "Sakaguchi et al. 2020"),
@@ -157,10 +154,12 @@ LEFT_OUT: dict[str, str] = {
     " Yelp, IMDB, AG News, DBpedia, Yahoo, MNLI, RTE, CB, QQP/Quora, SST/MR, BoolQ, MultiRC, WiC,"
     " COPA; MCTACO, whose sentences are MultiRC's; XL-WiC), CLINC150, Banking77, MMLU, BIG-bench",
     "non-commercial or research only": "ANLI, SICK, MSRP, ASSET, SciQ, QuAIL, SAMSum, RecipeNLG,"
-    " ASDiv, SPOLIN, TED, XL-Sum, DialogRE, MSR-SQA, Gigaword, CoNLL, SentEval sets, ATIS, ROSTD",
+    " ASDiv, SPOLIN, TED, XL-Sum, DialogRE, MSR-SQA, Gigaword, CoNLL, SentEval sets, ATIS, ROSTD,"
+    " DART (which contains WebNLG)",
     "licence unknown or unclear": "ROCStories and all that builds on it (ART, GLUCOSE, TellMeWhy,"
     " StoryCommonsense, Event2Mind, Story Cloze), DNC, Bizarro, TREC, CoQA, SWAG, PIQA, ComQA,"
-    " FreebaseQA, TORQUE, PICO, biomedical corpora other than AnEM, and all else not listed above",
+    " FreebaseQA, TORQUE, PICO, biomedical corpora other than AnEM, LiMiT (sentences of novels),"
+    " QED (annotations), WikiMovies, and all else not listed above",
     "unwanted text": "HateXplain and StereoSet, whose licences would allow it",
 }
 """What the model card says about data that was at hand and not used."""

@@ -116,6 +116,19 @@ def largest_difference_to_minilm(model: BartForConditionalGeneration, minilm: Pa
     return float(((mine - theirs).abs() * mask[:, :, None]).max())
 
 
+@torch.no_grad()
+def mix_minilm_in(model: BartForConditionalGeneration, minilm: Path, share: float) -> None:
+    """Make encoder and embedding the mean of what they are and of MiniLM, which counts `share`.
+
+    Averaging with the weights that training began from keeps what they know of other inputs
+    (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models", arXiv:2109.01903).
+    """
+    before = base_from_minilm(minilm).state_dict()
+    for name, value in model.named_parameters():  # each tied one once
+        if name.startswith("model.encoder.") or name == "model.shared.weight":
+            value.lerp_(before[name].to(value), share)
+
+
 def save_base(model: BartForConditionalGeneration, minilm: Path, out: Path) -> None:
     """Write the standard Hugging Face folder, weights in half precision.
 

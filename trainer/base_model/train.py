@@ -4,13 +4,18 @@
 
 What makes the model steerable is that the prompt slot is trained as one: in most rows it holds
 vectors that belong to the row's training task and are learned with the weights, in the others the
-task's instruction as text, or nothing. The vectors are thrown away afterwards.
+task's instruction as text, or nothing. The vectors are thrown away afterwards. Other steps are
+spent on episodes, in which the slot is made from examples, as the prompt of a new task begins.
+
+At the end, a share of MiniLM's weights is mixed back into the encoder: it then keeps more of what
+MiniLM knows, which tasks of few rows live on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,25 +26,29 @@ from torch import Tensor, nn
 from transformers import BartForConditionalGeneration
 
 from trainer.base_model.batches import LONGEST_PROMPT, Batch, SlotShares, TrainingRows
+from trainer.base_model.episodes import EpisodeBatch, Episodes, example_means
 from trainer.base_model.start import (
     PAD,
     base_from_minilm,
     largest_difference_to_minilm,
+    mix_minilm_in,
     save_base,
 )
+from trainer.example_prompt import MARKER, example_vectors, mean_states
 
 FAMILY_SHARES = {
     "written": 0.18,
-    "verification": 0.15,
-    "choice": 0.11,
-    "entailment": 0.18,
-    "intents": 0.10,
-    "pairs": 0.11,
-    "semantics": 0.08,
+    "verification": 0.14,
+    "choice": 0.10,
+    "entailment": 0.17,
+    "intents": 0.08,
+    "pairs": 0.10,
+    "semantics": 0.07,
+    "opinions": 0.08,
     "copying": 0.05,
-    "rewriting": 0.04,
+    "rewriting": 0.03,
 }
-"""A family's share of the training rows."""
+"""A family's share of the training rows outside of episodes."""
 
 _LEARNING_RATES = {"encoder": 2e-4, "decoder": 8e-4, "prompts": 5e-3}
 _WARM_UP_STEPS = 300
@@ -55,6 +64,8 @@ class Settings:
     """A factor on all learning rates."""
     compiled: bool = False
     most_steps: int | None = None
+    episode_share: float = 0.45
+    """Which share of the steps is spent on episodes."""
 
 
 class PromptedModel(nn.Module):
@@ -72,26 +83,45 @@ class PromptedModel(nn.Module):
         embedded = model.model.shared.weight.detach()[torch.tensor(first).flatten()]
         self.prompts = nn.Embedding(len(embedded), embedded.shape[1], _weight=embedded.clone())
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch | EpisodeBatch) -> Tensor:
         """The mean loss of the batch's output tokens."""
-        shared = self.base.model.shared
+        if isinstance(batch, EpisodeBatch):
+            return self._loss(self._embed_episodes(batch), batch)
         vectors = self.prompts(batch.vectors.clamp(min=0))
         is_vector = (batch.vectors >= 0)[:, :, None]
+        embedded = torch.where(is_vector, vectors, self.base.model.shared(batch.tokens))
+        return self._loss(embedded, batch)
+
+    def _embed_episodes(self, batch: EpisodeBatch) -> Tensor:
+        """Read the texts without a prompt, and put the labels' mean states into the prompts."""
+        shared = self.base.model.shared
+        states = self.base.model.encoder(
+            inputs_embeds=shared(batch.text), attention_mask=batch.text_mask
+        ).last_hidden_state
+        with torch.autocast(states.device.type, enabled=False):
+            means, known = example_means(mean_states(states.float(), batch.text_mask), batch)
+            vectors = example_vectors(means, known, shared.weight) + shared.weight[MARKER]
+        slot = batch.slot_label
+        places = slot.clamp(min=0)[:, :, None].expand(-1, -1, vectors.shape[-1])
+        return torch.where((slot >= 0)[:, :, None], vectors.gather(1, places), shared(batch.tokens))
+
+    def _loss(self, embedded: Tensor, batch: Batch | EpisodeBatch) -> Tensor:
         states = self.base.model(
-            inputs_embeds=torch.where(is_vector, vectors, shared(batch.tokens)),
+            inputs_embeds=embedded,
             attention_mask=batch.mask,
             decoder_input_ids=batch.decoder,
             use_cache=False,
         ).last_hidden_state
         # most output positions are padding: the vocabulary is only scored where a token is wanted
         wanted = batch.labels >= 0
-        logits = functional.linear(states[wanted], shared.weight)
+        logits = functional.linear(states[wanted], self.base.model.shared.weight)
         return functional.cross_entropy(logits.float(), batch.labels[wanted])
 
 
 def train(
     model: BartForConditionalGeneration,
     rows: TrainingRows,
+    episodes: Episodes,
     settings: Settings,
     device: torch.device,
 ) -> None:
@@ -103,7 +133,8 @@ def train(
             layer.compile()
     optimizer = _optimizer(prompted, device)
     rates = [group["lr"] * settings.learning_rate for group in optimizer.param_groups]
-    losses: list[Tensor] = []
+    losses: dict[str, list[Tensor]] = {"rows": [], "episodes": []}
+    draw = random.Random(0)
     step, tokens, started = 0, 0, time.monotonic()
     while True:
         if step == _UNTIMED_STEPS:  # until here, kernels are compiled
@@ -118,20 +149,25 @@ def train(
         scale = min(1.0, (step + 1) / _WARM_UP_STEPS) * (1 - done)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * scale
-        batch = rows.draw()
+        kind = "episodes" if draw.random() < settings.episode_share else "rows"
+        batch = episodes.draw() if kind == "episodes" else rows.draw()
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = prompted(batch)
         loss.backward()
         nn.utils.clip_grad_norm_(prompted.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.detach())
+        losses[kind].append(loss.detach())
         step, tokens = step + 1, tokens + batch.tokens.numel()
         if step % 250 == 0:
-            recent = float(torch.stack(losses[-250:]).mean())
-            print(f"step {step} {seconds:.0f} s loss {recent:.3f} {tokens / 1e6:.0f} M", flush=True)
+            recent = {kind: _recent_mean(values) for kind, values in losses.items()}
+            print(f"step {step} {seconds:.0f} s loss {recent} {tokens / 1e6:.0f} M", flush=True)
     print(f"trained {step} steps, {tokens / 1e6:.0f} M positions, padding included", flush=True)
     model.train(False)
+
+
+def _recent_mean(losses: list[Tensor]) -> float:
+    return round(float(torch.stack(losses[-100:]).mean()), 3) if losses else 0.0
 
 
 def _optimizer(prompted: PromptedModel, device: torch.device) -> torch.optim.AdamW:
@@ -167,6 +203,10 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1.0, help="factor on all rates")
     parser.add_argument("--batch-tokens", type=int, default=49152)
     parser.add_argument("--learned-share", type=float, default=SlotShares().learned)
+    parser.add_argument("--episode-share", type=float, default=Settings(0).episode_share)
+    parser.add_argument(
+        "--kept", type=float, default=0.25, help="share of MiniLM's weights that is mixed back in"
+    )
     parser.add_argument("--shares", type=json.loads, default={}, help="JSON, over FAMILY_SHARES")
     parser.add_argument("--compile", action="store_true", help="compile the layers (GPU)")
     parser.add_argument("--seed", type=int, default=0)
@@ -192,8 +232,12 @@ def main() -> None:
         learning_rate=options.learning_rate,
         compiled=options.compile,
         most_steps=30 if options.toy else None,
+        episode_share=options.episode_share,
     )
-    train(model, rows, settings, device)
+    episodes = Episodes(rows, options.prepared, batch_tokens, options.seed)
+    train(model, rows, episodes, settings, device)
+    torch.nn.Module.to(model, "cpu")
+    mix_minilm_in(model, minilm, options.kept)
     save_base(model, minilm, options.out)
 
 

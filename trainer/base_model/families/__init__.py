@@ -13,6 +13,7 @@ from trainer.base_model.corpus import Corpus
 from trainer.base_model.families.copying import copy_tasks, record_tasks, slot_tasks
 from trainer.base_model.families.entailment import entailment_choice_tasks, entailment_tasks
 from trainer.base_model.families.intents import intent_tasks
+from trainer.base_model.families.opinions import answer_type_tasks, opinion_tasks
 from trainer.base_model.families.pairs import pair_tasks
 from trainer.base_model.families.passages import passage_tasks
 from trainer.base_model.families.rewriting import rewriting_tasks
@@ -40,6 +41,8 @@ def make_tasks(corpus: Corpus, embed: Embed, rng: Random, most_rows: int) -> lis
         *slot_tasks(corpus),
         *rewriting_tasks(corpus, rng, most_rows),
         *semantic_tasks(corpus, embed, words, rng, most_rows),
+        *opinion_tasks(corpus, words, rng, most_rows),
+        *answer_type_tasks(corpus, words, rng),
     ]
     return [_shuffled(task, rng, most_rows) for task in tasks if len(task.rows) >= 40]
 

@@ -18,9 +18,9 @@ def intent_tasks(
     by_domain = group_by_label([(text, intent.split("_")[0]) for text, intent in corpus.commands])
     plans: list[tuple[str, dict[str, list[str]], int]] = [("intent", by_intent, len(by_intent))]
     plans += [("domain", by_domain, len(by_domain)), ("request", by_request, len(by_request))]
-    plans += [("intent", by_intent, rng.choice((2, 3, 4, 6, 8, 12, 20))) for _ in range(40)]
-    plans += [("domain", by_domain, rng.choice((2, 3, 4, 6, 10))) for _ in range(10)]
-    plans += [("request", by_request, rng.choice((2, 3, 4, 5, 7))) for _ in range(10)]
+    plans += [("intent", by_intent, rng.choice((2, 3, 4, 6, 8, 12, 20))) for _ in range(80)]
+    plans += [("domain", by_domain, rng.choice((2, 3, 4, 6, 10))) for _ in range(20)]
+    plans += [("request", by_request, rng.choice((2, 3, 4, 5, 7))) for _ in range(20)]
     for number, (what, groups, count) in enumerate(plans):
         chosen = rng.sample(sorted(groups), count)
         named = [spaced(label) for label in chosen]

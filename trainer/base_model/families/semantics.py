@@ -75,7 +75,7 @@ def semantic_tasks(
     vectors = {name: embed(texts) for name, texts in pools.items()}
     ends = embed([end for axis in AXES for end in axis])
     names = list(pools)
-    for number in range(40):
+    for number in range(60):
         pool = names[number % len(names)]
         count = rng.choice((2, 3, 4, 5, 7, 10, 14))
         yield _region_task(number, pools[pool], vectors[pool], count, words, rng, most_rows)
