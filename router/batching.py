@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+# Of so many last batches the middle one says how fast the work goes: one that stalled does not.
+_TIMED_BATCHES = 9
+_LEAST_TIMED_BATCHES = 3
+_MOST_RETRY_SECONDS = 5.0
 # How far down the queue items of one kind are looked for, in batches.
 _LOOK_AHEAD_BATCHES = 4
 
@@ -30,7 +34,8 @@ _LOOK_AHEAD_BATCHES = 4
 class BatchLimits:
     """Bounds of the queue (items waiting or being worked on) and of one batch.
 
-    An item that has waited `queue_seconds` when a batch begins is refused instead of worked on.
+    Items that would have to wait over `queue_seconds`, as fast as the last batches went, are
+    refused at once; one that has waited so long all the same is refused when a batch begins.
     """
 
     queue_items: int
@@ -90,6 +95,8 @@ class MicroBatcher(Generic[Item, Result]):
         self._waiting: list[_Entry[Item, Result]] = []
         self._unfinished = 0
         self._busy = False
+        # Seconds per item of the last batches. Replaced as a whole: two threads look at it.
+        self._timed: tuple[float, ...] = ()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=prepare_thread)
 
     @property
@@ -104,10 +111,7 @@ class MicroBatcher(Generic[Item, Result]):
             OverloadedError: the queue cannot hold them, or they waited too long in it.
             Exception: what `work` raised for a batch that one of them was in.
         """
-        if self._unfinished + len(items) > self._limits.queue_items:
-            raise OverloadedError(
-                f"{self._name} queue", f"{self._unfinished} waiting", "try again a little later"
-            )
+        self._admit(len(items))
         loop = asyncio.get_running_loop()
         call: _Call[Result] = _Call(loop.create_future(), len(items), {})
         self._unfinished += len(items)
@@ -121,6 +125,22 @@ class MicroBatcher(Generic[Item, Result]):
             return await call.done
         finally:
             self._unfinished -= len(items)
+
+    def _admit(self, items: int) -> None:
+        wait = self._unfinished * self._seconds_per_item()
+        too_slow = wait > self._limits.queue_seconds
+        if too_slow or self._unfinished + items > self._limits.queue_items:
+            found = f"{self._unfinished} waiting" + (f", for {wait:.1f} s" if too_slow else "")
+            # By then half of them are done, if nobody else comes.
+            retry_after = min(max(wait / 2, 0.1), _MOST_RETRY_SECONDS)
+            raise OverloadedError(
+                f"{self._name} queue", found, "try again a little later", retry_after
+            )
+
+    def _seconds_per_item(self) -> float:
+        """How long an item takes of late; 0 while nobody can tell."""
+        timed = sorted(self._timed)
+        return timed[len(timed) // 2] if len(timed) >= _LEAST_TIMED_BATCHES else 0.0
 
     def close(self) -> None:
         """Wait for the batch that is running and end the thread."""
@@ -163,7 +183,9 @@ class MicroBatcher(Generic[Item, Result]):
             for entry in batch:
                 self._observer.stage_ended(f"{self._name}_wait", began - entry.since)
             results = self._work([entry.item for entry in batch])
-            self._observer.stage_ended(f"{self._name}_work", time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            self._timed = (*self._timed[1 - _TIMED_BATCHES :], seconds / len(batch))
+            self._observer.stage_ended(f"{self._name}_work", seconds)
             self._observer.batch_ended(self._name, len(batch))
             if len(results) != len(batch):
                 raise ValueError(f"{len(results)} results for {len(batch)} items")

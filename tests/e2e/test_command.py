@@ -6,6 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +279,13 @@ def test_libraries_write_no_lines_of_their_own(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("GRPC_VERBOSITY", "DEBUG")  # whoever asks for more gets it
     quiet_libraries()
     assert os.environ["GRPC_VERBOSITY"] == "DEBUG"
+
+
+def test_the_command_says_its_version_and_lists_its_commands() -> None:
+    assert promptyard("--version").stdout == f"promptyard {version('promptyard')}\n"
+    shown = promptyard("--help").stdout
+    assert "Route inputs to soft prompts" in shown
+    assert all(command.split()[0] in shown for command in COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
@@ -58,6 +59,63 @@ def batchers(work: Work) -> Iterator[Callable[..., MicroBatcher[int, int]]]:
 
 
 Make = Callable[..., MicroBatcher[int, int]]
+
+
+async def test_what_would_have_to_wait_too_long_is_refused_at_once(
+    batchers: Make, work: Work
+) -> None:
+    batcher = batchers(BatchLimits(100, 1, 1000, queue_seconds=1.0))
+
+    def slow(items: Sequence[int]) -> Sequence[int]:
+        time.sleep(0.05)
+        return items
+
+    work.results = slow
+    for item in range(3):  # an item takes about 50 ms
+        await batcher.submit([item])
+    work.free.clear()
+    accepted = [asyncio.create_task(batcher.submit([item])) for item in range(10)]
+    await asyncio.sleep(0.01)
+    assert len(accepted) == batcher.unfinished == 10
+    more = [asyncio.create_task(batcher.submit([item])) for item in range(40)]
+    await asyncio.sleep(0.01)
+    refused = [call for call in more if call.done()]
+    assert 10 < batcher.unfinished < 30  # about a second's worth
+    assert len(refused) == 50 - batcher.unfinished
+    with pytest.raises(OverloadedError, match=r"test queue: \d+ waiting, for 1\.\d s") as caught:
+        await refused[0]
+    assert 0.1 <= caught.value.retry_after <= 5.0
+    for call in refused:
+        call.exception()
+    for call in [*accepted, *more]:
+        call.cancel()
+    work.free.set()
+
+
+async def test_one_batch_that_stalled_is_no_reason_to_refuse(batchers: Make, work: Work) -> None:
+    batcher = batchers(BatchLimits(100, 8, 1000, queue_seconds=0.2))
+    for item in range(4):
+        await batcher.submit([item])
+    work.free.clear()
+    stalled = asyncio.create_task(batcher.submit([0]))
+    await asyncio.sleep(0.15)
+    work.free.set()
+    await stalled
+    assert await asyncio.gather(*(batcher.submit([n]) for n in range(50))) == [
+        [2 * n] for n in range(50)
+    ]
+
+
+async def test_an_idle_queue_takes_whatever_it_can_hold(batchers: Make, work: Work) -> None:
+    batcher = batchers(BatchLimits(100, 8, 1000, queue_seconds=0.001))
+
+    def slow(items: Sequence[int]) -> Sequence[int]:
+        time.sleep(0.01)
+        return items
+
+    work.results = slow
+    for _ in range(4):
+        assert await batcher.submit([1]) == [1]
 
 
 async def test_what_waited_too_long_is_refused_and_what_came_later_is_not(
