@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from router.errors import InvalidInputError
+from router.head import Head
 from router.interfaces import Encoder, FloatArray, LanguageModel
 from router.snapshot import Snapshot
 from router.statistics import ExactArray
@@ -203,9 +204,9 @@ def evaluate_stream(
                 workshop, stream, task, scratch, base_model, settings, change, progress
             )
             registrations.append(registration)
-            snapshot = Snapshot.build(published.revision, published.head, {})
-            scored.append(_score(snapshot, stream, len(registrations), embeddings.vectors))
+            scored.append(_score(published.head, stream, len(registrations), embeddings.vectors))
         progress("tasks", "register", len(registrations), len(stream.order))
+    snapshot = Snapshot.build(published.revision, published.head, {})
     decisions = decide(snapshot, stream.test, embeddings)
     matrix = np.stack([arrival.row_of_matrix for arrival in scored])
     answers = None
@@ -236,14 +237,16 @@ class _Scored:
     accuracy: float
 
 
-def _score(snapshot: Snapshot, stream: Stream, arrived: int, vectors: FloatArray) -> _Scored:
-    """Score the test rows of the first `arrived` tasks before rejection, as a server would."""
+def _score(head: Head, stream: Stream, arrived: int, vectors: FloatArray) -> _Scored:
+    """Score the test rows of the first `arrived` tasks before rejection.
+
+    The best task is the server's; without its score, which decides about rejection, and without
+    the second best, this is one matrix product.
+    """
     number = {name: n for n, name in enumerate(stream.order)}
     truth = np.array([number.get(str(row.task), metrics.OUT_OF_SCOPE) for row in stream.test])
     counted = (truth != metrics.OUT_OF_SCOPE) & (truth < arrived)
-    queries, _ = snapshot.head.queries(vectors[counted])
-    _, found = snapshot.index.search(queries, min(2, arrived))
-    best = np.array([number[key.name] for key in snapshot.head.tasks])[found[:, 0]]
+    best = np.array([number[key.name] for key in head.tasks])[head.best_tasks(vectors[counted])]
     hits = metrics.per_task(metrics.confusion(truth[counted], best, len(stream.order)))
     row = np.array([task.accuracy for task in hits])
     row[arrived:] = np.nan
