@@ -20,6 +20,7 @@ from router.head import Head
 from router.interfaces import Encoder, FloatArray, LanguageModel
 from router.snapshot import Snapshot
 from router.statistics import ExactArray
+from router.threads import one_blas_thread
 from trainer import metrics
 from trainer.commands import PolicyChange, RegisterTask
 from trainer.data import Fields
@@ -197,7 +198,7 @@ def evaluate_stream(
     embeddings = embed_texts(encoder, [row.text for row in stream.test], progress)
     registrations: list[Registration] = []
     scored: list[_Scored] = []
-    with Workshop(scratch / "home", encoder) as workshop:
+    with one_blas_thread(), Workshop(scratch / "home", encoder) as workshop:
         for task in stream.order:
             progress("tasks", "register", len(registrations), len(stream.order))
             registration, published = _register(
