@@ -71,7 +71,7 @@ def changed_decisions(before: Head, after: Head, rows: Mapping[TaskKey, int]) ->
     number = {key: n for n, key in enumerate(after.tasks)}
     # Last, where REJECTED looks: rejected before and after is no change.
     translated = np.array([*(number.get(key, _GONE) for key in before.tasks), REJECTED])
-    old, new = _held_out_by_task(before, rows), _held_out_by_task(after, rows)
+    old, new = held_out_by_task(before, rows), held_out_by_task(after, rows)
     changed = {}
     for key in old.keys() & new.keys():
         differing = int((translated[old[key]] != new[key]).sum())
@@ -80,8 +80,8 @@ def changed_decisions(before: Head, after: Head, rows: Mapping[TaskKey, int]) ->
     return changed
 
 
-def _held_out_by_task(head: Head, rows: Mapping[TaskKey, int]) -> dict[TaskKey, NDArray[np.int32]]:
-    """The numbers of the tasks that each task's rows were decided for."""
+def held_out_by_task(head: Head, rows: Mapping[TaskKey, int]) -> dict[TaskKey, NDArray[np.int32]]:
+    """Per task of a head, the number of the task that each of its rows was decided for (or -1)."""
     ends = np.cumsum([rows[key] for key in head.tasks], dtype=np.int64)
     return dict(zip(head.tasks, np.split(head.held_out, ends), strict=False))
 
