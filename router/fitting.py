@@ -58,9 +58,8 @@ Fitter = Callable[[Moments], Fit]
 
 def fit_nearest_mean(moments: Moments) -> Fit:
     """One row per task: its normalised mean."""
-    tasks, task_number = np.unique(moments.task_of, return_inverse=True)
-    sums = np.zeros((len(tasks), moments.sums.shape[1]))
-    np.add.at(sums, task_number, moments.sums)
+    tasks, first = np.unique(moments.task_of, return_index=True)
+    sums = np.add.reduceat(moments.sums, first, axis=0)
     rows = np.concatenate([_unit(sums), np.zeros((len(tasks), 1))], axis=1)
     return Fit((Term(rows),), np.zeros(sums.shape[1]), tasks)
 
@@ -73,8 +72,7 @@ def lda_fitter(background: Background) -> Fitter:
     """
 
     def fit_lda(moments: Moments) -> Fit:
-        tasks, task_number = np.unique(moments.task_of, return_inverse=True)
-        means, counts = _task_means(moments, task_number, len(tasks))
+        means, counts, task_number = _task_means(moments)
         centroids = _sub_centroids(moments, means[task_number])
         mean = _mean(moments)
         precision = _inverse(_regularised(_within_covariance(moments, means, counts), moments))
@@ -105,9 +103,9 @@ def combine(fit: Fit, spreads: Sequence[float]) -> Term:
     return Term(np.asarray(rows), np.sum(offsets, axis=0) if offsets else None)
 
 
-def row_scores(rows: ExactArray, centered: FloatArray) -> FloatArray:
+def row_scores(rows: ExactArray | FloatArray, centered: FloatArray) -> FloatArray:
     """Scores `[B, M]` of rows `[M, D + 1]` for centred embeddings `[B, D]`, without offset."""
-    single = rows.astype(np.float32)
+    single = rows.astype(np.float32, copy=False)
     scores: FloatArray = centered @ single[:, :-1].T
     scores += single[:, -1]
     return scores
@@ -126,15 +124,12 @@ def _mean(moments: Moments) -> ExactArray:
     return np.asarray(moments.sums.sum(0) / moments.counts.sum() / FIXED_POINT)
 
 
-def _task_means(
-    moments: Moments, task_number: NDArray[np.int64], tasks: int
-) -> tuple[ExactArray, ExactArray]:
-    """The means `[K, D]` and numbers of rows `[K]` of the tasks."""
-    sums = np.zeros((tasks, moments.sums.shape[1]))
-    np.add.at(sums, task_number, moments.sums)
-    counts = np.zeros(tasks)
-    np.add.at(counts, task_number, moments.counts)
-    return sums / counts[:, None] / FIXED_POINT, counts
+def _task_means(moments: Moments) -> tuple[ExactArray, ExactArray, NDArray[np.int64]]:
+    """The means `[K, D]` and numbers of rows `[K]` of the tasks, and each cluster's task `[M]`."""
+    _, first, task_number = np.unique(moments.task_of, return_index=True, return_inverse=True)
+    counts = np.add.reduceat(moments.counts, first)
+    sums = np.add.reduceat(moments.sums, first, axis=0)
+    return sums / counts[:, None] / FIXED_POINT, counts, task_number
 
 
 def _sub_centroids(moments: Moments, task_means: ExactArray) -> ExactArray:
@@ -186,12 +181,14 @@ def _regularised(covariance: ExactArray, moments: Moments) -> ExactArray:
 
 def _inverse(matrix: ExactArray) -> ExactArray:
     """The inverse of a positive definite matrix, by Cholesky."""
-    factor, failed = lapack.dpotrf(matrix, lower=True)
-    inverse, _ = lapack.dpotri(factor, lower=True)
+    # A symmetric matrix is its own transpose, and LAPACK counts rows and columns the other way.
+    factor, failed = lapack.dpotrf(matrix.T, lower=True)
+    inverse, _ = lapack.dpotri(factor, lower=True, overwrite_c=True)
     if failed:
         raise np.linalg.LinAlgError("covariance is not positive definite")
     lower = np.tril(inverse)
-    return np.asarray(lower + np.tril(lower, -1).T)
+    lower += np.tril(lower, -1).T
+    return np.asarray(lower)
 
 
 def _unit(vectors: ExactArray) -> ExactArray:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from router.errors import CorruptArtifactError
+from router.fitting import row_scores
 from router.interfaces import FloatArray
 from router.tasks import TaskKey
 
@@ -55,6 +56,15 @@ class Head:
         """Scores `[B, K]` of every task for embeddings `[B, D]`. For evaluation, not serving."""
         queries, offsets = self.queries(vectors)
         return best_row_per_task(queries @ self.rows.T, self.row_task) + offsets[:, None]
+
+    def best_tasks(self, vectors: FloatArray) -> NDArray[np.int64]:
+        """The number of the best task `[B]` for embeddings `[B, D]`. For evaluation, not serving.
+
+        Of equals the first, as in the index.
+        """
+        scores = row_scores(self.rows, vectors - self.center)
+        best: NDArray[np.int64] = best_row_per_task(scores, self.row_task).argmax(1)
+        return best
 
     def to_bytes(self) -> bytes:
         """A safetensors file; equal heads give equal bytes."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from router.interfaces import FloatArray
 from router.tasks import TaskKey
+from router.threads import one_blas_thread
 
 FIXED_POINT = float(1 << 15)
 FOLDS = 10
@@ -98,41 +99,54 @@ class PooledMoments:
     def update(self, tasks: Iterable[TaskStatistics]) -> None:
         """Make the pool hold exactly `tasks`."""
         wanted = {task.key: task for task in tasks}
-        for key in set(self._tasks) - set(wanted):
-            self._accumulate(self._tasks.pop(key), -1.0)
-        for key in set(wanted) - set(self._tasks):
-            self._accumulate(wanted[key], 1.0)
-            self._tasks[key] = wanted[key]
+        with one_blas_thread():
+            for key in set(self._tasks) - set(wanted):
+                self._accumulate(self._tasks.pop(key), -1.0)
+            for key in set(wanted) - set(self._tasks):
+                self._accumulate(wanted[key], 1.0)
+                self._tasks[key] = wanted[key]
 
     def by_fold(self) -> list[Moments]:
         """One `Moments` per fold, all with the same clusters."""
+        return [self.of_fold(fold) for fold in range(FOLDS)]
+
+    def of_fold(self, fold: int) -> Moments:
+        """The `Moments` of the rows of one fold. (Exact: the order of addition does not matter.)"""
         tasks = self.tasks
-        return [
-            _moments(tasks, [task.folds == fold for task in tasks], self._grams[fold])
-            for fold in range(FOLDS)
-        ]
+        first = np.cumsum([0, *(int(task.clusters.max()) + 1 for task in tasks)])
+        cluster = np.concatenate(
+            [start + task.clusters[fold::FOLDS] for start, task in zip(first, tasks, strict=False)]
+        )
+        order = np.argsort(cluster, kind="stable")
+        filled, begins = np.unique(cluster[order], return_index=True)
+        rows = np.concatenate([task.embeddings[fold::FOLDS] for task in tasks])
+        sums = np.zeros((first[-1], len(self._grams[fold])))
+        if len(rows):
+            sums[filled] = np.add.reduceat(rows[order].astype(np.float64), begins, axis=0)
+        return Moments(
+            np.bincount(cluster, minlength=first[-1]).astype(np.float64),
+            sums,
+            np.repeat(np.arange(len(tasks)), np.diff(first)),
+            self._grams[fold],
+        )
 
     def total(self) -> Moments:
         """The `Moments` of all rows."""
-        tasks = self.tasks
-        everything = [np.ones(len(task.embeddings), bool) for task in tasks]
-        return _moments(tasks, everything, self._grams.sum(0))
+        return added(self.by_fold())
 
     def _accumulate(self, task: TaskStatistics, sign: float) -> None:
         for fold in range(FOLDS):
-            rows = task.embeddings[task.folds == fold].astype(np.float64)
+            rows = task.embeddings[fold::FOLDS].astype(np.float64)
             self._grams[fold] += sign * (rows.T @ rows)
 
 
-def _moments(
-    tasks: Sequence[TaskStatistics], chosen: Sequence[NDArray[np.bool_]], gram: ExactArray
-) -> Moments:
-    counts, sums, task_of = [], [], []
-    for number, (task, mask) in enumerate(zip(tasks, chosen, strict=True)):
-        clusters = int(task.clusters.max()) + 1
-        member = np.zeros((clusters, len(task.embeddings)))
-        member[task.clusters[mask], np.flatnonzero(mask)] = 1.0
-        counts.append(member.sum(1))
-        sums.append(member @ task.embeddings.astype(np.float64))
-        task_of.append(np.full(clusters, number, np.int64))
-    return Moments(np.concatenate(counts), np.concatenate(sums), np.concatenate(task_of), gram)
+def added(parts: Sequence[Moments]) -> Moments:
+    """The sum of moments that have the same clusters."""
+    total = Moments(
+        parts[0].counts.copy(), parts[0].sums.copy(), parts[0].task_of, parts[0].gram.copy()
+    )
+    for part in parts[1:]:
+        np.add(total.counts, part.counts, out=total.counts)
+        np.add(total.sums, part.sums, out=total.sums)
+        np.add(total.gram, part.gram, out=total.gram)
+    return total

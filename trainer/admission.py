@@ -24,12 +24,26 @@ LEAST_FREE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
+class SuspectInput:
+    """An input, shortened, that its own task does not win: mislabelled, or an outlier.
+
+    `decided` is the task that wins it by a head that was fitted without it; None for nobody. About
+    as many as the catalog's false-reject rate are nobody's without anything being wrong.
+    """
+
+    task: str
+    input: str
+    decided: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Registered:
-    """What became of a registration."""
+    """What became of a registration. Suspects that another task wins come first."""
 
     records: tuple[TaskRecord, ...]
     failures: Mapping[str, PromptyardError]
     published: Published | None
+    suspects: tuple[SuspectInput, ...] = ()
 
 
 def refused_at_once(home: Path, requests: Sequence[RegisterTask]) -> dict[str, PromptyardError]:

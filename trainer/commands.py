@@ -15,7 +15,8 @@ Initialisation = Literal["examples", "text", "vocabulary", "random"]
 class RegisterTask:
     """Add one task (or, with `revise`, its next revision) from a labelled file.
 
-    `force` publishes a prompt that did not beat its baselines; it is the reason, and is recorded.
+    `force` publishes a prompt that did not beat its baselines, and a task that takes too much of
+    another; it is the reason, and is recorded.
     """
 
     name: str

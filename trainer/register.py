@@ -2,7 +2,8 @@
 
 Read and check the data; embed it with the router's own encoder; tune the soft prompts, several
 tasks in the same batches; refuse prompts that are no better than their baselines; store the
-artifacts; publish. Nothing that is stored already is touched.
+artifacts; measure what the tasks do to the others, and refuse those that take too much; publish.
+Nothing that is stored already is touched.
 """
 
 from __future__ import annotations
@@ -12,20 +13,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from router.errors import InvalidInputError, PromptyardError, RefusedError
+from router.errors import InvalidInputError, PromptyardError, RefusedError, shorten
 from router.interfaces import Embeddings, LanguageModel
 from router.loading import CLUSTERS_TENSOR, EMBEDDINGS_TENSOR, PROMPT_TENSOR
 from router.statistics import to_fixed_point
 from router.tasks import PromptSummary, TaskRecord, check_task_name
-from trainer.admission import Registered, next_revision
+from trainer.admission import Registered, SuspectInput, next_revision
 from trainer.catalog_writer import now
 from trainer.clustering import cluster
 from trainer.commands import PolicyChange, RegisterTask
 from trainer.data import Example, LabelledFile, closed_outputs, read_labelled, split, summarise
+from trainer.gate import DEFAULT_GATE_LIMIT, InterferenceError
 from trainer.tuning import TunedPrompt, TuningFailure, TuningJob, TuningSettings, tune
-from trainer.workshop import Workshop
+from trainer.workshop import Published, Workshop
 
 MIN_ROWS_FOR_ROUTING = 2
 MIN_ROWS_FOR_PROMPT = 8
@@ -54,11 +55,13 @@ def register(
     settings: TuningSettings,
     change: PolicyChange | None = None,
     progress: Progress = lambda *_: None,
+    gate_limit: float = DEFAULT_GATE_LIMIT,
 ) -> Registered:
     """Register tasks and publish those that succeed, all of them in one catalog revision.
 
     A failure of one task leaves the others. `base_model` may be None where no request wants a
-    prompt.
+    prompt. A task that takes more than `gate_limit` of the held-out rows of an old one is refused,
+    unless it is forced.
 
     Raises:
         PromptyardError: nothing could be registered for a reason that no single task has.
@@ -79,19 +82,54 @@ def register(
             records.append(_store(workshop, task, tuned, base_model, settings, progress))
         except PromptyardError as error:
             failures[task.request.name] = error
-    if not records:
-        return Registered((), failures, None)
     progress("", "publish", 0, 1)
-    # OpenBLAS's threads wait for one another actively: beside other load that costs minutes.
-    with threadpool_limits(1, user_api="blas"):
-        published = workshop.publish(
-            "revise" if all(record.revision > 1 for record in records) else "register",
-            records=tuple(records),
-            live={record.name: record.revision for record in records},
-            change=change,
-        )
+    published, published_records = _publish(workshop, records, change, gate_limit, failures)
     progress("", "publish", 1, 1)
-    return Registered(tuple(records), failures, published)
+    return Registered(published_records, failures, published, _suspects(prepared, published))
+
+
+def _publish(
+    workshop: Workshop,
+    records: Sequence[TaskRecord],
+    change: PolicyChange | None,
+    gate_limit: float,
+    failures: dict[str, PromptyardError],
+) -> tuple[Published | None, tuple[TaskRecord, ...]]:
+    """Publish the records that the gate lets pass, and say which they are."""
+    left = tuple(records)
+    while left:
+        try:
+            published = workshop.publish(
+                "revise" if all(record.revision > 1 for record in left) else "register",
+                records=left,
+                live={record.name: record.revision for record in left},
+                change=change,
+                gate_limit=gate_limit,
+            )
+        except InterferenceError as error:
+            failures.update({key.name: error for key in error.tasks})
+            left = tuple(record for record in left if record.key not in error.tasks)
+        else:
+            return published, left
+    return None, ()
+
+
+def _suspects(
+    prepared: Sequence[Prepared], published: Published | None
+) -> tuple[SuspectInput, ...]:
+    """The suspects of the gate by their text, which is not stored."""
+    if published is None or published.gate is None:
+        return ()
+    examples = {task.request.name: task.file.examples for task in prepared}
+    suspects = [
+        SuspectInput(
+            suspect.task.name,
+            shorten(examples[suspect.task.name][suspect.row].input),
+            suspect.decided.name if suspect.decided else None,
+        )
+        for suspect in published.gate.suspects
+    ]
+    return tuple(sorted(suspects, key=lambda suspect: suspect.decided is None))
 
 
 def prepare(workshop: Workshop, request: RegisterTask) -> Prepared:

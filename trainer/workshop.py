@@ -20,18 +20,23 @@ from router.tasks import Policy, TaskKey, TaskRecord
 from trainer.artifact_writer import ArtifactWriter
 from trainer.catalog_writer import CatalogWriter, Publication
 from trainer.commands import PolicyChange
+from trainer.gate import GateReport, check, measure
 
 _KEPT_HEADS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """What a publish did: the new catalog revision, its head, and the decisions that changed."""
+    """What a publish did: the new catalog revision, its head, and the decisions that changed.
+
+    `gate` is what new tasks did to the others, where that was asked for.
+    """
 
     revision: int
     head: Head
     report: Mapping[str, float]
     changed_decisions: Mapping[str, int]
+    gate: GateReport | None = None
 
 
 class Workshop:
@@ -100,14 +105,20 @@ class Workshop:
         records: tuple[TaskRecord, ...] = (),
         live: Mapping[str, int | None],
         change: PolicyChange | None = None,
+        gate_limit: float | None = None,
     ) -> Published:
         """Compile the head for what will be live, store it, and append to the catalog.
 
+        With a `gate_limit`, records that take more than that share of an old task are refused.
+
         All of it happens while other writers are held off, so that registrations at the same time
         cannot miss each other. A crash anywhere before the commit leaves only orphan files.
+
+        Raises:
+            InterferenceError: a record takes too much of an old task, and is not forced.
         """
         try:
-            published = self._publish(action, records, live, change)
+            published = self._publish(action, records, live, change, gate_limit)
         except BaseException:
             self._forget(records)
             raise
@@ -120,6 +131,7 @@ class Workshop:
         records: tuple[TaskRecord, ...],
         live: Mapping[str, int | None],
         change: PolicyChange | None,
+        gate_limit: float | None,
     ) -> Published:
         catalog = self.catalog
         with catalog.appending():
@@ -142,7 +154,14 @@ class Workshop:
                 dimension=self.encoder.dimension,
                 background=self._measured_background(),
             )
-            changed = self._changed(parent, head)
+            before = self._read_head_if_whole(parent)
+            known = (*before.tasks, *head.tasks) if before is not None else head.tasks
+            rows = {key: self._rows(key) for key in known}
+            changed = changed_decisions(before, head, rows) if before is not None else {}
+            gate = None
+            if gate_limit is not None and records:
+                gate = measure(before, head, rows, sorted(new))
+                check(gate, records, gate_limit)
             revision = catalog.append(
                 Publication(
                     action,
@@ -151,10 +170,14 @@ class Workshop:
                     self._heads.write(head.to_bytes()),
                     self.encoder.fingerprint,
                     policy,
-                    {**head.summary, "changed_decisions": changed},
+                    {
+                        **head.summary,
+                        "changed_decisions": changed,
+                        **({"gate": gate.document()} if gate is not None else {}),
+                    },
                 )
             )
-        return Published(revision, head, head.summary, changed)
+        return Published(revision, head, head.summary, changed, gate)
 
     def _forget(self, records: tuple[TaskRecord, ...]) -> None:
         """Drop what is cached of records that were not published: their keys are free again."""
@@ -174,19 +197,17 @@ class Workshop:
             self._statistics[key] = read_statistics(self.artifacts, record)
         return self._statistics[key]
 
-    def _changed(self, parent: int, head: Head) -> dict[str, int]:
-        """Held-out decisions on the tasks that were there before that the new head changes."""
-        try:
-            before = self._read_head(parent)
-        except CorruptArtifactError:
-            return {}
-        rows = {key: self._rows(key) for key in (*before.tasks, *head.tasks)}
-        return changed_decisions(before, head, rows)
-
     def _rows(self, key: TaskKey) -> int:
         """How many rows a task has; also of one whose stored rows are damaged, to retire it."""
         statistics = self._statistics.get(key)
         return len(statistics.embeddings) if statistics else self.catalog.record(key).data.rows
+
+    def _read_head_if_whole(self, revision: int) -> Head | None:
+        """The compiled head of a revision; None where its file is damaged."""
+        try:
+            return self._read_head(revision)
+        except CorruptArtifactError:
+            return None
 
     def _read_head(self, revision: int) -> Head:
         if not revision:

@@ -38,7 +38,7 @@ POINTS = [
     *(("before os: chmod", passage) for passage in (1, 2)),
     ("before: publish", 1),
     ("before: _task_statistics", 1),
-    ("before: _changed", 1),
+    ("before: _read_head_if_whole", 1),
     ("before: _prune_heads", 1),
     ("before statement: BEGIN", 1),
     ("before statement: SELECT", 4),

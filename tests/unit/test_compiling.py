@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_limits
 
 from router.compiling import (
     HEAD_KINDS,
@@ -139,6 +140,24 @@ def test_the_bytes_are_the_same_at_the_real_size() -> None:
         )
         found.append(head.to_bytes())
     assert found[0] == found[1]
+
+
+def test_the_bytes_are_the_same_with_any_number_of_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = np.random.default_rng(6)
+    tasks = [random_task(name, rng, rows=40, dimension=64, clusters=2) for name in "abcd"]
+    found = set()
+    for threads in (1, 2, 7):
+        monkeypatch.setattr("os.cpu_count", lambda threads=threads: threads)
+        with threadpool_limits(threads, user_api="blas"):
+            pool = PooledMoments(64)
+            pool.update(tasks)
+            head = compile_head(
+                pool, policy=Policy(), encoder=ENCODER, dimension=64, background=wide_background(64)
+            )
+        found.add(head.to_bytes())
+    assert len(found) == 1
 
 
 def test_tasks_that_stay_keep_their_files_but_not_their_lda_rows() -> None:

@@ -89,6 +89,15 @@ def test_scores_are_those_of_rows_centre_and_background() -> None:
     np.testing.assert_allclose(head.scores(vectors), expected, rtol=1e-3, atol=1e-3)
 
 
+def test_the_best_task_is_the_one_with_the_highest_score_and_the_first_of_equals() -> None:
+    head = a_head()
+    vectors = np.random.default_rng(1).normal(size=(50, DIMENSION)).astype(np.float32)
+    found = head.best_tasks(vectors)
+    np.testing.assert_array_equal(found, head.scores(vectors).argmax(1))
+    same = replace(head, rows=np.repeat(head.rows[:1], len(head.rows), axis=0))
+    assert not same.best_tasks(vectors).any()
+
+
 @settings(max_examples=30)
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=6), st.integers(0, 2**32 - 1))
 def test_a_task_scores_as_its_best_row(counts: list[int], seed: int) -> None:

@@ -31,8 +31,9 @@ from trainer.commands import Initialisation
 
 if TYPE_CHECKING:
     from router.tasks import TaskRecord
-    from trainer.admission import Registered
+    from trainer.admission import Registered, SuspectInput
     from trainer.commands import PolicyChange, RegisterTask
+    from trainer.gate import GateReport
     from trainer.workshop import Published, Workshop
 
 TaskName = Annotated[str, typer.Argument(metavar="NAME", help="The task's name.")]
@@ -86,8 +87,20 @@ def register(
         bool, typer.Option("--drop-duplicates", help="Keep the first of repeated inputs.")
     ] = False,
     force: Annotated[
-        str, typer.Option(metavar="REASON", help="Publish a prompt that beats no baseline.")
+        str,
+        typer.Option(
+            metavar="REASON",
+            help="Publish a prompt that beats no baseline, or a task that takes too much of others",
+        ),
     ] = "",
+    gate_limit: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of an old task's held-out rows that a new one may take. Default: 0.05.",
+        ),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Tuning steps at most.")] = None,
     length: Annotated[int | None, typer.Option(help="Virtual tokens of the prompt.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of the tuning.")] = None,
@@ -152,6 +165,7 @@ def register(
             requests,
             PolicyChange(head=head, false_reject_rate=false_reject_rate),
             _Tuning(steps, length, learning_rate, initialisation, seed),
+            gate_limit,
         )
         _print_registered(result, as_json)
 
@@ -282,6 +296,7 @@ def _register(
     requests: Sequence[RegisterTask],
     change: PolicyChange,
     tuning: _Tuning,
+    gate_limit: float | None,
 ) -> Registered:
     from trainer.admission import Registered, check_writable, refused_at_once
 
@@ -292,6 +307,7 @@ def _register(
     check_writable(folder)
 
     from router.bootstrap import load_base_model, load_encoder
+    from trainer.gate import DEFAULT_GATE_LIMIT
     from trainer.register import register as register_tasks
     from trainer.tuning import TuningSettings
     from trainer.workshop import Workshop
@@ -317,6 +333,7 @@ def _register(
                 settings,
                 change,
                 progress,
+                DEFAULT_GATE_LIMIT if gate_limit is None else gate_limit,
             )
 
 
@@ -339,7 +356,13 @@ def _workshop(home: Path | None, encoder: str) -> Iterator[Workshop]:
 
 
 def _print_registered(result: Registered, as_json: bool) -> None:
+    from trainer.gate import InterferenceError
+
     failures = result.failures
+    refused = [error for error in failures.values() if isinstance(error, InterferenceError)]
+    gate = result.published.gate if result.published else None
+    if gate is None and refused:
+        gate = refused[0].report
     if as_json:
         print_json(
             {
@@ -347,6 +370,8 @@ def _print_registered(result: Registered, as_json: bool) -> None:
                 "registered": [_summary(record) for record in result.records],
                 "failed": {name: error_fields(error) for name, error in failures.items()},
                 "report": result.published.report if result.published else None,
+                "gate": gate.document() if gate else None,
+                "suspects": [asdict(suspect) for suspect in result.suspects],
             }
         )
     else:
@@ -357,6 +382,8 @@ def _print_registered(result: Registered, as_json: bool) -> None:
                 title=f"published catalog revision {result.published.revision}",
             )
             _print_effect(result.published)
+        if gate is not None:
+            _print_gate(gate, result.suspects)
         for name, error in failures.items():
             print_error(f"{name} was not registered", error)
     if failures:
@@ -390,6 +417,29 @@ def _print_effect(published: Published) -> None:
         )
     else:
         out.print("decisions on old held-out rows that changed: none")
+
+
+def _print_gate(gate: GateReport, suspects: Sequence[SuspectInput]) -> None:
+    """What the new tasks do to the old ones, and which of their rows look wrong."""
+    if gate.accuracy_before is not None and gate.accuracy_after is not None:
+        out.print(
+            "right on the held-out rows of old tasks: "
+            f"{gate.accuracy_before:.1%} before, {gate.accuracy_after:.1%} with the new one"
+        )
+    if gate.taken:
+        print_table(
+            ["old task", "taken by", "rows", "share"],
+            [[t.task, t.by, f"{t.taken} of {t.rows}", f"{t.share:.1%}"] for t in gate.taken[:10]],
+            title="held-out rows of old tasks that go to the new one",
+        )
+    for new, old in gate.near_duplicates:
+        out.print(f"{new} is nearly the same as {old}: a fifth of their rows or more is mixed up")
+    if suspects:
+        print_table(
+            ["new task", "input", "goes to"],
+            [[s.task, s.input, s.decided or "none (outlier?)"] for s in suspects[:10]],
+            title=f"{len(suspects)} new rows that go elsewhere: mislabelled, or unlike the others?",
+        )
 
 
 def _summary(record: TaskRecord) -> dict[str, object]:

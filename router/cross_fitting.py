@@ -1,0 +1,162 @@
+"""Scores every stored row with a head that was fitted without it: ten fits, each without a fold.
+
+What calibration needs of them is one number or a few per row, so that nothing of the size of rows
+times tasks is ever held. The folds are worked on side by side, one thread each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router.fitting import Fit, Fitter, combine, offset_scores, row_scores
+from router.head import best_row_per_task
+from router.interfaces import FloatArray
+from router.statistics import FIXED_POINT, FOLDS, PooledMoments, added
+from router.threads import one_blas_thread
+
+_CHUNK_ROWS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """The rows of one fold and a fit without them.
+
+    `places` `[n]` number the rows in canonical order; the rows of task t are `starts[t]` to
+    `starts[t + 1]` of the fold. `offsets[i]` `[n]` is the part of term i's score that is the same
+    for all tasks.
+    """
+
+    fit: Fit
+    places: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    centered: FloatArray
+    offsets: tuple[FloatArray, ...]
+
+    @property
+    def task(self) -> NDArray[np.int64]:
+        """The number of each row's task `[n]`."""
+        return np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutScores:
+    """Per stored row `[N]`: its task's number, that task's score, the winner and its score.
+
+    `own` is -inf for a row without which its task has none.
+    """
+
+    task: NDArray[np.int64]
+    own: FloatArray
+    winner: NDArray[np.int64]
+    best: FloatArray
+    runner_up: FloatArray
+
+
+class CrossFitting:
+    """Fits to all rows of a pool, and without each fold in turn; scores the rows of the folds."""
+
+    def __init__(self, pool: PooledMoments, threads: ThreadPoolExecutor) -> None:
+        self._pool = pool
+        self._threads = threads
+
+    def fit(self, fitter: Fitter) -> tuple[Fit, list[Fold]]:
+        """The fit to all rows, and the folds that have rows, each with a fit without it."""
+        by_fold = list(self._threads.map(self._pool.of_fold, range(FOLDS)))
+        total = added(by_fold)
+        whole = self._threads.submit(fitter, total)
+        # With one row in all there is nothing else to fit to.
+        filled = [fold for fold in range(FOLDS) if by_fold[fold].counts.any()]
+        if len(filled) == 1:
+            return whole.result(), [self._fold(filled[0], whole.result())]
+        folds = self._threads.map(
+            lambda fold: self._fold(fold, fitter(total.without(by_fold[fold]))), filled
+        )
+        return whole.result(), list(folds)
+
+    def _fold(self, number: int, fit: Fit) -> Fold:
+        tasks = self._pool.tasks
+        first = np.cumsum([0, *(len(task.embeddings) for task in tasks)])
+        places = [np.arange(a + number, b, FOLDS) for a, b in itertools.pairwise(first)]
+        fixed = np.concatenate([task.embeddings[number::FOLDS] for task in tasks])
+        centered = fixed.astype(np.float32) / np.float32(FIXED_POINT)
+        centered -= fit.center.astype(np.float32)
+        return Fold(
+            fit,
+            np.concatenate(places),
+            np.cumsum([0, *(len(rows) for rows in places)]),
+            centered,
+            tuple(offset_scores(term.offset, centered) for term in fit.terms),
+        )
+
+    def own_scores(self, folds: Sequence[Fold]) -> list[FloatArray]:
+        """Per term, the scores of the rows for their own task, where that has other rows."""
+        per_fold = list(self._threads.map(_own_scores, folds))
+        return [np.concatenate(scores) for scores in zip(*per_fold, strict=True)]
+
+    def score(self, folds: Sequence[Fold], spreads: Sequence[float], tasks: int) -> HeldOutScores:
+        """Score every row by the fit without its fold; the rows are in canonical order again."""
+        count = sum(len(fold.places) for fold in folds)
+        own = np.full(count, -np.inf, np.float32)
+        scores = HeldOutScores(
+            np.zeros(count, np.int64), own, np.zeros(count, np.int64), own.copy(), own.copy()
+        )
+        # Every fold writes to the places of its own rows.
+        list(self._threads.map(lambda fold: _score_fold(fold, spreads, tasks, scores), folds))
+        return scores
+
+
+@contextlib.contextmanager
+def cross_fitting(pool: PooledMoments) -> Iterator[CrossFitting]:
+    """Cross-fitting over the tasks of `pool`, which must not be empty or change meanwhile."""
+    threads = ThreadPoolExecutor(min(os.cpu_count() or 1, FOLDS))
+    with one_blas_thread(), threads:
+        yield CrossFitting(pool, threads)
+
+
+def _own_scores(fold: Fold) -> list[FloatArray]:
+    rows = [term.rows.astype(np.float32) for term in fold.fit.terms]
+    own: list[list[FloatArray]] = [[np.zeros(0, np.float32)] for _ in rows]
+    ends = np.searchsorted(fold.fit.row_task, np.arange(len(fold.starts)))
+    for task, (start, stop) in enumerate(itertools.pairwise(fold.starts)):
+        mine = slice(ends[task], ends[task + 1])
+        if start == stop or mine.start == mine.stop:
+            continue
+        for scores, term, offset in zip(own, rows, fold.offsets, strict=True):
+            best = row_scores(term[mine], fold.centered[start:stop]).max(1)
+            scores.append(best + offset[start:stop])
+    return [np.concatenate(scores) for scores in own]
+
+
+def _score_fold(fold: Fold, spreads: Sequence[float], tasks: int, found: HeldOutScores) -> None:
+    rows = combine(fold.fit, spreads).rows.astype(np.float32)
+    present = np.unique(fold.fit.row_task)
+    offsets = np.sum(
+        [offset / spread for offset, spread in zip(fold.offsets, spreads, strict=True)], axis=0
+    )
+    own_task = fold.task
+    for begin in range(0, len(fold.places), _CHUNK_ROWS):
+        chunk = slice(begin, begin + _CHUNK_ROWS)
+        at = fold.places[chunk]
+        by_task = best_row_per_task(row_scores(rows, fold.centered[chunk]), fold.fit.row_task)
+        by_task += offsets[chunk, None]
+        if len(present) == tasks:
+            scores = by_task
+        else:
+            scores = np.full((len(at), tasks), -np.inf, np.float32)
+            scores[:, present] = by_task
+        number = np.arange(len(at))
+        found.task[at] = own_task[chunk]
+        found.own[at] = scores[number, own_task[chunk]]
+        winner = scores.argmax(1)
+        found.winner[at] = winner
+        found.best[at] = scores[number, winner]
+        scores[number, winner] = -np.inf
+        found.runner_up[at] = scores.max(1)

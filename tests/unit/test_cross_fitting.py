@@ -1,0 +1,68 @@
+"""Every row is scored by a fit that never saw it, and comes back to its place."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from router.cross_fitting import cross_fitting
+from router.fitting import combine, lda_fitter
+from router.head import best_row_per_task
+from router.statistics import FOLDS, PooledMoments, TaskStatistics
+from tests.catalogs import random_task, wide_background
+
+DIMENSION = 8
+
+
+def pooled(tasks: list[TaskStatistics]) -> PooledMoments:
+    pool = PooledMoments(DIMENSION)
+    pool.update(tasks)
+    return pool
+
+
+@pytest.mark.parametrize("rows", [(23, 4, 11), (30,), (3, 1)])
+def test_rows_are_scored_by_a_fit_to_the_rows_of_the_other_folds(rows: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    tasks = [
+        random_task(f"task-{n}", rng, rows=count, dimension=DIMENSION, clusters=2)
+        for n, count in enumerate(rows)
+    ]
+    fitter, spreads = lda_fitter(wide_background(DIMENSION)), (2.0, 3.0, 0.5)
+    with cross_fitting(pooled(tasks)) as fitting:
+        _, folds = fitting.fit(fitter)
+        found = fitting.score(folds, spreads, len(tasks))
+    moments = pooled(tasks)
+    place = 0
+    for number, task in enumerate(tasks):
+        for row, vector in enumerate(task.vectors):
+            fit = fitter(moments.total().without(moments.of_fold(row % FOLDS)))
+            term = combine(fit, spreads)
+            x = vector - fit.center
+            scores = np.full(len(tasks), -np.inf)
+            scores[np.unique(fit.row_task)] = best_row_per_task(
+                (term.rows @ [*x, 1.0])[None], fit.row_task
+            )[0]
+            scores -= x @ term.offset @ x
+            assert found.task[place] == number
+            ranked = np.sort(scores)[::-1]
+            np.testing.assert_allclose(found.own[place], scores[number], rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(found.best[place], ranked[0], rtol=1e-4, atol=1e-4)
+            if len(tasks) > 1:
+                np.testing.assert_allclose(found.runner_up[place], ranked[1], rtol=1e-4, atol=1e-4)
+            assert scores[found.winner[place]] == pytest.approx(ranked[0], rel=1e-4, abs=1e-4)
+            place += 1
+
+
+def test_own_scores_are_those_of_the_own_task_and_leave_out_rows_that_have_none() -> None:
+    rng = np.random.default_rng(1)
+    tasks = [
+        random_task("a", rng, rows=15, dimension=DIMENSION),
+        random_task("b", rng, rows=1, dimension=DIMENSION),
+    ]
+    with cross_fitting(pooled(tasks)) as fitting:
+        _, folds = fitting.fit(lda_fitter(wide_background(DIMENSION)))
+        own = fitting.own_scores(folds)
+        found = fitting.score(folds, (1.0, 1.0, 1.0), len(tasks))
+    assert [len(scores) for scores in own] == [15, 15, 15]
+    assert np.isneginf(found.own[15])
+    np.testing.assert_allclose(np.sort(np.sum(own, 0)), np.sort(found.own[:15]), rtol=1e-4)

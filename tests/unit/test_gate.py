@@ -1,0 +1,158 @@
+"""What a new task does to the others is measured before it is published, and limited."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from router.compiling import REJECTED, compile_head
+from router.head import Head, with_thresholds
+from router.statistics import PooledMoments
+from router.tasks import Policy, TaskKey
+from tests.catalogs import (
+    new_record,
+    new_workshop,
+    publish,
+    random_task,
+    texts_of,
+    wide_background,
+    write_rows,
+)
+from trainer.commands import RegisterTask
+from trainer.gate import InterferenceError, check, measure
+from trainer.register import register
+from trainer.tuning import TuningSettings
+from trainer.workshop import Workshop
+
+A, B, NEW = TaskKey("a", 1), TaskKey("b", 1), TaskKey("new", 1)
+ROWS = {A: 4, B: 2, NEW: 4}
+
+
+@pytest.fixture
+def workshop(tmp_path: Path) -> Iterator[Workshop]:
+    with new_workshop(tmp_path / "home") as workshop:
+        yield workshop
+
+
+def decided(*tasks: TaskKey, held_out: list[int]) -> Head:
+    """A head whose held-out decisions are these."""
+    rng = np.random.default_rng(0)
+    pool = PooledMoments(6)
+    pool.update(
+        random_task(key.name, rng, rows=ROWS[key], dimension=6, revision=key.revision)
+        for key in tasks
+    )
+    head = compile_head(
+        pool, policy=Policy(), encoder="e", dimension=6, background=wide_background(6)
+    )
+    return with_thresholds(head, head.thresholds, 0.0, np.array(held_out, np.int32), {})
+
+
+def test_rows_that_leave_their_own_task_for_the_new_one_are_taken() -> None:
+    before = decided(A, B, held_out=[0, 0, 0, REJECTED, 1, 0])
+    after = decided(A, B, NEW, held_out=[0, 2, 2, 2, 1, 2, 2, 2, 0, REJECTED])
+    report = measure(before, after, ROWS, [NEW])
+    # The row that was rejected before, and the one that went to another task, were not its own.
+    [taken] = report.taken
+    assert (taken.task, taken.by, taken.taken, taken.rows, taken.share) == (A, NEW, 2, 4, 0.5)
+    assert report.accuracy_before == pytest.approx(4 / 6)
+    assert report.accuracy_after == pytest.approx(2 / 6)
+    assert [(s.row, s.decided) for s in report.suspects] == [(2, A), (3, None)]
+    assert report.near_duplicates == ((NEW, A), (NEW, B))
+
+
+def test_without_the_old_head_every_row_counts_as_its_own_before() -> None:
+    after = decided(A, B, NEW, held_out=[0, 0, 0, 2, 1, 1, 2, 2, 2, 2])
+    report = measure(None, after, ROWS, [NEW])
+    assert [t.taken for t in report.taken] == [1]
+    assert report.accuracy_before == 1.0
+
+
+def test_without_old_tasks_there_is_nothing_to_take() -> None:
+    report = measure(None, decided(A, held_out=[0, 0, 0, 0]), ROWS, [A])
+    assert (report.taken, report.near_duplicates, report.suspects) == ((), (), ())
+    assert report.accuracy_before is None
+    assert report.accuracy_after is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "limit", "force", "refused"),
+    [
+        (2, 0.05, "", True),
+        (2, 0.5, "", False),
+        (1, 0.05, "", False),
+        (2, 0.05, "they belong together", False),
+    ],
+)
+def test_more_than_the_limit_is_refused_but_not_a_single_row_or_a_forced_task(
+    workshop: Workshop, rows: int, limit: float, force: str, refused: bool
+) -> None:
+    before = decided(A, B, held_out=[0, 0, 0, 0, 1, 1])
+    after = decided(A, B, NEW, held_out=[2] * rows + [0] * (4 - rows) + [1, 1, 2, 2, 2, 2])
+    report = measure(before, after, ROWS, [NEW])
+    record = new_record(workshop, "new", forced_reason=force)
+    if not refused:
+        check(report, [record], limit)
+        return
+    with pytest.raises(InterferenceError) as error:
+        check(report, [record], limit)
+    assert error.value.tasks == (NEW,)
+    assert "takes 50.0% of a@1 (2 of 4 held-out rows)" in str(error.value)
+    assert "right on old tasks 100.0% -> 66.7%" in str(error.value)
+    assert "--force" in str(error.value)
+
+
+def thief(tmp_path: Path, **options: str) -> RegisterTask:
+    rows = write_rows(tmp_path / "thief.jsonl", texts_of("weather", 20, start=500))
+    return RegisterTask("thief", rows, with_prompt=False, **options)
+
+
+def test_a_task_that_takes_another_ones_rows_is_refused_and_leaves_the_others(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    publish(workshop, "weather", "sport")
+    honest = RegisterTask(
+        "money", write_rows(tmp_path / "money.jsonl", texts_of("money", 20)), with_prompt=False
+    )
+    result = register(workshop, [thief(tmp_path), honest], None, TuningSettings())
+    assert [record.name for record in result.records] == ["money"]
+    assert isinstance(result.failures["thief"], InterferenceError)
+    assert "weather@1" in str(result.failures["thief"])
+    assert result.published is not None
+    assert [key.name for key in result.published.head.tasks] == ["money", "sport", "weather"]
+    assert workshop.catalog.newest_record("thief") == 0
+
+
+def test_a_refused_task_alone_publishes_nothing_and_can_be_forced(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    publish(workshop, "weather", "sport")
+    refused = register(workshop, [thief(tmp_path)], None, TuningSettings())
+    assert (refused.published, refused.records) == (None, ())
+    assert workshop.catalog.newest_revision() == 1
+    forced = register(workshop, [thief(tmp_path, force="on trial")], None, TuningSettings())
+    assert forced.published is not None
+    assert forced.published.gate is not None
+    assert forced.records[0].forced_reason == "on trial"
+    recorded = workshop.catalog.revision(2).report["gate"]
+    assert recorded == forced.published.gate.document()
+    assert ("thief", "weather") in [
+        (new.name, old.name) for new, old in forced.published.gate.near_duplicates
+    ]
+
+
+def test_a_higher_limit_lets_it_pass(workshop: Workshop, tmp_path: Path) -> None:
+    publish(workshop, "weather", "sport")
+    result = register(workshop, [thief(tmp_path)], None, TuningSettings(), gate_limit=1.0)
+    assert result.published is not None
+
+
+def test_new_rows_that_belong_to_another_task_are_named(workshop: Workshop, tmp_path: Path) -> None:
+    publish(workshop, "weather", "sport")
+    texts = [*texts_of("money", 20), "sport 900"]
+    request = RegisterTask("money", write_rows(tmp_path / "money.jsonl", texts), with_prompt=False)
+    result = register(workshop, [request], None, TuningSettings())
+    assert ("sport 900", "sport") in [(s.input, s.decided) for s in result.suspects]
