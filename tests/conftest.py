@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 from hypothesis import settings
 from threadpoolctl import threadpool_limits
 
@@ -35,6 +36,13 @@ def _one_thread_for_linear_algebra() -> Iterator[None]:
     """OpenBLAS's threads wait for each other spinning: on a busy machine that costs minutes."""
     with threadpool_limits(1, user_api="blas"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def _log_as_if_nothing_were_configured() -> Iterator[None]:
+    """The commands choose where the log goes and what is left out, for the whole process."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")
