@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router.cross_fitting import HeldOutScores, cross_fitting
-from router.fitting import Background, combine, fit_nearest_mean, lda_fitter
+from router.fitting import Background, Fitter, combine, fit_nearest_mean, lda_fitter
 from router.head import Head, empty_head
 from router.interfaces import FloatArray
 from router.statistics import PooledMoments
@@ -38,9 +38,12 @@ def compile_head(
     tasks = pool.tasks
     if not tasks:
         return empty_head(encoder, dimension)
-    fitter = fit_nearest_mean if policy.head == "nearest-mean" else lda_fitter(background)
+    fitter: Fitter = fit_nearest_mean
+    for_folds: Fitter = fit_nearest_mean
+    if policy.head != "nearest-mean":
+        fitter, for_folds = lda_fitter(background), lda_fitter(background, single=True)
     with cross_fitting(pool) as fitting:
-        whole, folds = fitting.fit(fitter)
+        whole, folds = fitting.fit(fitter, for_folds)
         spreads = (1.0,) if policy.head == "nearest-mean" else _spreads(fitting.own_scores(folds))
         held_out = fitting.score(folds, spreads, len(tasks))
     thresholds = _thresholds(held_out, len(tasks), policy.false_reject_rate)

@@ -67,7 +67,7 @@ class CrossFitting:
         self._pool = pool
         self._threads = threads
 
-    def fit(self, fitter: Fitter) -> tuple[Fit, list[Fold]]:
+    def fit(self, fitter: Fitter, for_folds: Fitter) -> tuple[Fit, list[Fold]]:
         """The fit to all rows, and the folds that have rows, each with a fit without it."""
         by_fold = list(self._threads.map(self._pool.of_fold, range(FOLDS)))
         total = added(by_fold)
@@ -77,7 +77,7 @@ class CrossFitting:
         if len(filled) == 1:
             return whole.result(), [self._fold(filled[0], whole.result())]
         folds = self._threads.map(
-            lambda fold: self._fold(fold, fitter(total.without(by_fold[fold]))), filled
+            lambda fold: self._fold(fold, for_folds(total.without(by_fold[fold]))), filled
         )
         return whole.result(), list(folds)
 

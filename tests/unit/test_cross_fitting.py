@@ -29,7 +29,7 @@ def test_rows_are_scored_by_a_fit_to_the_rows_of_the_other_folds(rows: tuple[int
     ]
     fitter, spreads = lda_fitter(wide_background(DIMENSION)), (2.0, 3.0, 0.5)
     with cross_fitting(pooled(tasks)) as fitting:
-        _, folds = fitting.fit(fitter)
+        _, folds = fitting.fit(fitter, fitter)
         found = fitting.score(folds, spreads, len(tasks))
     moments = pooled(tasks)
     place = 0
@@ -60,7 +60,8 @@ def test_own_scores_are_those_of_the_own_task_and_leave_out_rows_that_have_none(
         random_task("b", rng, rows=1, dimension=DIMENSION),
     ]
     with cross_fitting(pooled(tasks)) as fitting:
-        _, folds = fitting.fit(lda_fitter(wide_background(DIMENSION)))
+        fitter = lda_fitter(wide_background(DIMENSION))
+        _, folds = fitting.fit(fitter, fitter)
         own = fitting.own_scores(folds)
         found = fitting.score(folds, (1.0, 1.0, 1.0), len(tasks))
     assert [len(scores) for scores in own] == [15, 15, 15]

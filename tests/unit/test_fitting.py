@@ -161,6 +161,19 @@ def test_terms_are_added_up_each_divided_by_its_spread() -> None:
     np.testing.assert_allclose(together, first / 2 + second * 2 + third / 4, rtol=1e-9)
 
 
+def test_fits_in_single_precision_score_as_those_in_double() -> None:
+    rng = np.random.default_rng(0)
+    tasks = [random_task(name, rng, rows=200, dimension=DIMENSION, clusters=2) for name in "abc"]
+    background, points = a_background(rng), rng.normal(size=(50, DIMENSION)) / DIMENSION**0.5
+    double = lda_fitter(background)(moments_of(tasks))
+    single = lda_fitter(background, single=True)(moments_of(tasks))
+    for exact, rounded in zip(double.terms, single.terms, strict=True):
+        assert rounded.rows.dtype == np.float32
+        expected = scores_of_term(exact, double, points)
+        found = scores_of_term(rounded, single, points)
+        np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
 def test_single_precision_scores_are_the_scores_of_the_term() -> None:
     rng = np.random.default_rng(0)
     tasks = [random_task(name, rng, dimension=DIMENSION) for name in "abc"]
