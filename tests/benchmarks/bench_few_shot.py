@@ -4,7 +4,7 @@
 
 Three kinds of tasks: the shipped example tasks, by holding out a quarter of their training rows
 (the frozen held-out rows are the demo's); the tasks of `cl15` with at most ten labels, trained on
-`train` rows and judged on `dev` rows; and groups of six intents from the training rows of Banking77.
+`train` rows and judged on `dev` rows; groups of six intents from the training rows of Banking77.
 This is what base models and the settings of tuning are chosen by.
 """
 
