@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from trainer.cli import demo, evaluation, operating, serving, tasks
+from trainer.cli import demo, evaluation, operating, registering, serving, tasks
 from trainer.cli.console import quiet_libraries
 
 app = typer.Typer(
@@ -38,6 +38,7 @@ def _options(
     pass
 
 
+registering.add_to(app)
 tasks.add_to(app)
 operating.add_to(app)
 serving.add_to(app)
