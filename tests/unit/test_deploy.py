@@ -12,7 +12,7 @@ from typer.main import get_command
 from router.prometheus import PrometheusMetrics, Serving
 from trainer.cli import app
 
-DEPLOY = Path(__file__).parents[2] / "deploy"
+DEPLOY = Path(__file__).parents[2] / "docs" / "deploy"
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text(encoding="utf-8")
 UNIT = (DEPLOY / "promptyard.service").read_text(encoding="utf-8")
 DASHBOARD = json.loads((DEPLOY / "grafana.json").read_text(encoding="utf-8"))

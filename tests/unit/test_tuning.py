@@ -119,11 +119,19 @@ def test_a_tuned_prompt_serves_as_it_was_measured(model: TorchLanguageModel) -> 
     assert float(np.mean(right)) == result.scores["prompt"]
 
 
+class Float32Model(Seq2SeqLanguageModel):
+    """Computes gradients in float32 also where the CPU would do so in bfloat16."""
+
+    def copy_for_gradients(self) -> Float32Model:
+        return self
+
+
 def test_a_task_is_tuned_alone_as_it_is_beside_others(model: TorchLanguageModel) -> None:
-    alone = tuned(model, [SENTIMENT], replace(QUICK, steps=4))["sentiment"]
-    beside = tuned(model, [URGENCY, SENTIMENT, COPY], replace(QUICK, steps=4))["sentiment"]
-    # The same rows in the same order; only rounding (to bfloat16, on some CPUs) differs.
-    np.testing.assert_allclose(beside.losses, alone.losses, rtol=0.02)
+    exact = with_class(model, Float32Model)
+    alone = tuned(exact, [SENTIMENT], replace(QUICK, steps=4))["sentiment"]
+    beside = tuned(exact, [URGENCY, SENTIMENT, COPY], replace(QUICK, steps=4))["sentiment"]
+    # The same rows in the same order; only rounding differs.
+    np.testing.assert_allclose(beside.losses, alone.losses, rtol=1e-3)
 
 
 def test_many_labels_are_sampled_and_the_right_one_is_always_there(
