@@ -12,7 +12,8 @@ from typer.main import get_command
 from router.prometheus import PrometheusMetrics, Serving
 from trainer.cli import app
 
-DEPLOY = Path(__file__).parents[2] / "docs" / "deploy"
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "docs" / "deploy"
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text(encoding="utf-8")
 UNIT = (DEPLOY / "promptyard.service").read_text(encoding="utf-8")
 DASHBOARD = json.loads((DEPLOY / "grafana.json").read_text(encoding="utf-8"))
@@ -61,7 +62,7 @@ def test_the_image_copies_what_exists_and_runs_as_an_ordinary_user() -> None:
     for line in re.findall(r"^COPY (?!--from)(.*)$", DOCKERFILE, re.MULTILINE):
         *sources, _ = line.split()
         for source in sources:
-            assert (DEPLOY.parent / source).exists(), source
+            assert (ROOT / source).exists(), source
     stages = DOCKERFILE.split("\nFROM ")[1:]
     assert len(stages) == 2
     last = stages[-1]
