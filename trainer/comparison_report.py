@@ -53,8 +53,8 @@ def comparison_facts(comparison: RevisionComparison) -> list[str]:
     if comparison.unknown_labels:
         named = ", ".join(f"{label!r} ({n})" for label, n in comparison.unknown_labels.items())
         facts.append(
-            f"{sum(comparison.unknown_labels.values())} rows have labels that are a task of "
-            f"neither revision, and are not scored: {named}."
+            f"Rows not scored, as their label is a task of neither revision: {named}. "
+            "Register them, or say with --oos-label which label is out of scope."
         )
     return facts
 
