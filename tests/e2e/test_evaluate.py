@@ -103,6 +103,7 @@ def promptyard(*arguments: object) -> str:
     [
         ["routing", "--data", "none.jsonl"],
         ["answers", "--data", "none.jsonl"],
+        ["compare", "1", "2", "--data", "none.jsonl"],
         ["stream", "--train", "none.jsonl", "--test", "none.jsonl"],
     ],
     ids=lambda command: command[0],
@@ -290,6 +291,35 @@ def test_answers_are_measured_against_the_live_catalog(
     assert answers["over_rows"]["rows"] == 4
     assert answers["mean"]["routed"] == answers["mean"]["oracle"]
     assert set(answers["per_task"]) == {"weather", "banking"}
+
+
+def test_two_revisions_are_compared_on_the_same_rows(home: Path, tmp_path: Path) -> None:
+    content = rows({**TEST, "oos": OUT_OF_SCOPE})
+    # Revision 1 knows the weather only; cooking is a task of neither; the last row has no label.
+    data = write(tmp_path / "traffic.jsonl", [*content, {"text": TEST["banking"][0]}])
+    flags = ("--data", data, "--home", home, "--input-field", "text", "--task-field", "label")
+    folder = tmp_path / "report"
+    report = document("evaluate", "compare", 1, 2, *flags, "--report", folder)
+    assert json.loads((folder / "report.json").read_text(encoding="utf-8")) == report
+    assert report["rows"] == 9
+    assert report["unknown_labels"] == {"cooking": 2}
+    assert report["out_of_scope"]["rows"] == 2
+    labelled = report["labelled"]
+    assert labelled["rows"] == 4
+    assert labelled["accuracy_a"] < labelled["accuracy_b"]
+    assert labelled["mcnemar"]["right_only_at_b"] >= 1
+    assert sum(report["kinds"].values()) == len(report["changed"]) >= 1
+    with (folder / "changed.csv").open(encoding="utf-8", newline="") as file:
+        changed = list(csv.DictReader(file))
+    assert [int(row["row"]) for row in changed] == [row["number"] for row in report["changed"]]
+    banking = next(row for row in changed if row["label"] == "banking")
+    assert banking["task_b"] == "banking" != banking["task_a"]
+
+    assert "accuracy with rejection" in promptyard("evaluate", "compare", 1, 2, *flags)
+    assert "Nothing changed" in promptyard("evaluate", "compare", 2, 2, *flags)
+    refused = document("evaluate", "compare", 1, 99, *flags, exit_code=2)["error"]
+    assert (refused["field"], refused["value"]) == ("REV_B", "99")
+    assert refused["remedy"] == "give a catalog revision from 1 to 2"
 
 
 def test_a_home_without_a_catalog_is_a_clear_error(tmp_path: Path) -> None:

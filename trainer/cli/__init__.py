@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from trainer.cli import demo, evaluation, operating, registering, serving, tasks
+from trainer.cli import comparing, demo, evaluation, operating, registering, serving, tasks
 from trainer.cli.console import quiet_libraries
 
 app = typer.Typer(
@@ -43,6 +43,7 @@ tasks.add_to(app)
 operating.add_to(app)
 serving.add_to(app)
 demo.add_to(app)
+comparing.add_to(evaluation.app)
 app.add_typer(evaluation.app, name="evaluate")
 
 

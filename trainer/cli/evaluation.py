@@ -97,7 +97,7 @@ def routing(
         )
 
         log_to_stderr("warning")
-        _make_folder(report)
+        make_folder(report)
         rows = read_texts(data, EvaluationFields(input_field, task_field), oos_label)
         loaded = load_encoder(encoder)
         snapshot = load_snapshot(home_folder(home), loaded)
@@ -147,7 +147,7 @@ def answers(
         )
 
         log_to_stderr("warning")
-        _make_folder(report)
+        make_folder(report)
         fields = EvaluationFields(input_field, task_field, output_field)
         rows = read_texts(data, fields, oos_label)
         loaded, model = load_encoder(encoder), load_base_model(base_model)
@@ -213,7 +213,7 @@ def stream(
         from trainer.evaluation_rows import EvaluationFields
         from trainer.tuning import TuningSettings
 
-        _make_folder(report)
+        make_folder(report)
         fields = EvaluationFields(
             text_field, task_field, None if no_prompt else output_field, instruction_field
         )
@@ -239,7 +239,7 @@ def stream(
         _deliver(stream_report(evaluation, source), report, as_json, with_text)
 
 
-def _make_folder(folder: Path | None) -> None:
+def make_folder(folder: Path | None) -> None:
     """Make the report's folder before the work, so that the work is not done in vain."""
     if folder is None:
         return
