@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
-import yaml
 
 from router.errors import ForbiddenError, InvalidInputError, UnauthenticatedError
 from router.roles import Role
+from router.yaml_file import read_yaml
 
 _HEADER = "authorization"
 _SCHEME = "bearer "
 _PREFIX = "promptyard-"  # so that scanners for leaked secrets can know one
 _SECRET_BYTES = 32
-_MAX_FILE_BYTES = 1 << 20
+_MOST_MIB = 1
 _SECONDS_BETWEEN_LOOKS = 1.0
 _DIGEST_CHARACTERS = 64
 _HEX = frozenset("0123456789abcdef")
@@ -107,16 +107,7 @@ def read_tokens(path: Path) -> dict[str, Token]:
     Raises:
         InvalidInputError: it cannot be read, or has an entry that cannot be used.
     """
-    try:
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise InvalidInputError(f"{path}", "over 1 MiB", "list fewer tokens")
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InvalidInputError(
-            f"{path}", error.strerror or error, "give a file of tokens, see `promptyard token`"
-        ) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InvalidInputError(f"{path}", "no YAML", "give a YAML file in UTF-8") from error
+    document = read_yaml(path, _MOST_MIB)
     entries = document.get("tokens") if isinstance(document, dict) else None
     if not isinstance(entries, list):
         raise InvalidInputError(

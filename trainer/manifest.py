@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from router.errors import InvalidInputError
+from router.yaml_file import read_yaml
 from trainer.commands import RegisterTask
 from trainer.data import Fields
 
-MAX_MANIFEST_BYTES = 16 << 20
+_MOST_MIB = 16
 _TEXTS = ("name", "data", "description", "instruction", "input_field", "output_field", "force")
 _FLAGS = ("with_prompt", "free_text", "drop_duplicates", "revise")
 
@@ -29,20 +28,7 @@ def read_manifest(path: Path) -> list[RegisterTask]:
         InvalidInputError: missing, not such a file, an entry with unknown or missing keys, or a
             name that is given twice.
     """
-    try:
-        if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise InvalidInputError(f"{path}", "over 16 MiB", "split the manifest")
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InvalidInputError(
-            f"{path}", error.strerror or error, "check the path and the file"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise InvalidInputError(
-            f"{path}", f"the byte {error.object[error.start]:#04x}", "save the file as UTF-8"
-        ) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2024-13-45; [[[[[...
-        raise InvalidInputError(f"{path}", error, "give a YAML file") from error
+    document = read_yaml(path, _MOST_MIB)
     entries = document.get("tasks") if isinstance(document, dict) else None
     if not isinstance(entries, list) or not entries:
         raise InvalidInputError(

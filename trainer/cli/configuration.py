@@ -13,7 +13,7 @@ from trainer.cli.console import fail
 # These are relative to the file that names them.
 _PATHS = frozenset({"home", "tokens", "tls_cert", "tls_key", "tls_client_ca"})
 _NOT_IN_A_FILE = frozenset({"config", "check", "as_json", "help"})
-_MAX_FILE_BYTES = 1 << 20
+_MOST_MIB = 1
 
 
 def _use(context: typer.Context, path: Path | None) -> Path | None:
@@ -49,18 +49,9 @@ def read_settings(path: Path, known: set[str]) -> dict[str, object]:
     Raises:
         InvalidInputError: it cannot be read, or has a key or a value that cannot be used.
     """
-    import yaml
+    from router.yaml_file import read_yaml
 
-    try:
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise InvalidInputError(f"{path}", "over 1 MiB", "give a file of settings")
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InvalidInputError(
-            f"{path}", error.strerror or error, "check the path and the file"
-        ) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InvalidInputError(f"{path}", "no YAML", "give a YAML file in UTF-8") from error
+    document = read_yaml(path, _MOST_MIB)
     if not isinstance(document, dict | None):
         raise InvalidInputError(f"{path}", type(document).__name__, "give lines of 'KEY: VALUE'")
     settings: dict[str, object] = {}
