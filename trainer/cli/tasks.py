@@ -161,18 +161,14 @@ def rollback(
 @contextmanager
 def _workshop(home: Path | None, encoder: str) -> Iterator[Workshop]:
     """The workshop of a catalog that exists."""
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
-
     from router.bootstrap import load_encoder
     from router.catalog import CatalogReader
+    from router.threads import one_blas_thread
     from trainer.workshop import Workshop
 
     folder = home_folder(home)
     CatalogReader(folder).close()
-    with (
-        Workshop(folder, load_encoder(encoder)) as workshop,
-        threadpool_limits(1, user_api="blas"),
-    ):
+    with Workshop(folder, load_encoder(encoder)) as workshop, one_blas_thread():
         yield workshop
 
 
