@@ -7,6 +7,9 @@ vectors that belong to the row's training task and are learned with the weights,
 task's instruction as text, or nothing. The vectors are thrown away afterwards. Other steps are
 spent on episodes, in which the slot is made from examples, as the prompt of a new task begins.
 
+In episodes, texts without a prompt should be read as MiniLM reads them: tasks of few rows live on
+what it knows, and training on other tasks wears it away.
+
 At the end, a share of MiniLM's weights is mixed back into the encoder: it then keeps more of what
 MiniLM knows, which tasks of few rows live on.
 """
@@ -14,6 +17,7 @@ MiniLM knows, which tasks of few rows live on.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import random
 import time
@@ -24,6 +28,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 from transformers import BartForConditionalGeneration
+from transformers.models.bart.modeling_bart import BartEncoder
 
 from trainer.base_model.batches import LONGEST_PROMPT, Batch, SlotShares, TrainingRows
 from trainer.base_model.episodes import EpisodeBatch, Episodes, example_means
@@ -66,6 +71,8 @@ class Settings:
     most_steps: int | None = None
     episode_share: float = 0.45
     """Which share of the steps is spent on episodes."""
+    encoder_rate: float = 1.0
+    """A factor on the encoder's learning rate."""
 
 
 class PromptedModel(nn.Module):
@@ -74,36 +81,64 @@ class PromptedModel(nn.Module):
     Args:
         model: The base model.
         instructions: A task's instruction as token ids; its vectors begin as these embeddings.
+        teacher: MiniLM's encoder, which texts without a prompt should be read like, or None.
     """
 
-    def __init__(self, model: BartForConditionalGeneration, instructions: list[list[int]]) -> None:
+    def __init__(
+        self,
+        model: BartForConditionalGeneration,
+        instructions: list[list[int]],
+        teacher: BartEncoder | None = None,
+    ) -> None:
         super().__init__()
         self.base = model
+        # Not a submodule: it is neither trained nor saved.
+        self._teacher = [teacher] if teacher is not None else []
         first = [((ids or [PAD]) * LONGEST_PROMPT)[:LONGEST_PROMPT] for ids in instructions]
         embedded = model.model.shared.weight.detach()[torch.tensor(first).flatten()]
         self.prompts = nn.Embedding(len(embedded), embedded.shape[1], _weight=embedded.clone())
 
     def forward(self, batch: Batch | EpisodeBatch) -> Tensor:
-        """The mean loss of the batch's output tokens."""
+        """The mean loss of the batch's output tokens; in episodes, also that of what was kept."""
         if isinstance(batch, EpisodeBatch):
-            return self._loss(self._embed_episodes(batch), batch)
+            embedded, texts = self._embed_episodes(batch)
+            return self._loss(embedded, batch) + self._distance_to_teacher(texts, batch)
         vectors = self.prompts(batch.vectors.clamp(min=0))
         is_vector = (batch.vectors >= 0)[:, :, None]
         embedded = torch.where(is_vector, vectors, self.base.model.shared(batch.tokens))
         return self._loss(embedded, batch)
 
-    def _embed_episodes(self, batch: EpisodeBatch) -> Tensor:
-        """Read the texts without a prompt, and put the labels' mean states into the prompts."""
+    def _embed_episodes(self, batch: EpisodeBatch) -> tuple[Tensor, Tensor]:
+        """Read the texts without a prompt, and put the labels' mean states into the prompts.
+
+        Returns the embedded rows, and the mean states of their texts.
+        """
         shared = self.base.model.shared
         states = self.base.model.encoder(
             inputs_embeds=shared(batch.text), attention_mask=batch.text_mask
         ).last_hidden_state
         with torch.autocast(states.device.type, enabled=False):
-            means, known = example_means(mean_states(states.float(), batch.text_mask), batch)
+            texts = mean_states(states.float(), batch.text_mask)
+            means, known = example_means(texts, batch)
             vectors = example_vectors(means, known, shared.weight) + shared.weight[MARKER]
         slot = batch.slot_label
         places = slot.clamp(min=0)[:, :, None].expand(-1, -1, vectors.shape[-1])
-        return torch.where((slot >= 0)[:, :, None], vectors.gather(1, places), shared(batch.tokens))
+        embedded = torch.where(
+            (slot >= 0)[:, :, None], vectors.gather(1, places), shared(batch.tokens)
+        )
+        return embedded, texts
+
+    def _distance_to_teacher(self, texts: Tensor, batch: EpisodeBatch) -> Tensor:
+        """One minus the cosine of the texts' mean states `[B, H]` to MiniLM's, averaged."""
+        distance = texts.new_zeros(())
+        for teacher in self._teacher:
+            with torch.no_grad():
+                states = teacher(
+                    input_ids=batch.text, attention_mask=batch.text_mask
+                ).last_hidden_state
+                wanted = mean_states(states.float(), batch.text_mask)
+            distance = 1 - (texts * wanted).sum(1).mean()
+        return distance
 
     def _loss(self, embedded: Tensor, batch: Batch | EpisodeBatch) -> Tensor:
         states = self.base.model(
@@ -124,14 +159,15 @@ def train(
     episodes: Episodes,
     settings: Settings,
     device: torch.device,
+    teacher: BartEncoder | None = None,
 ) -> None:
     """Train all weights for the given time; the learning rate falls to 0 as the time runs out."""
-    prompted = PromptedModel(model, rows.instructions).to(device).train()
+    prompted = PromptedModel(model, rows.instructions, teacher).to(device).train()
     if settings.compiled:
         torch._dynamo.config.recompile_limit = 32
         for layer in [*model.model.encoder.layers, *model.model.decoder.layers]:
             layer.compile()
-    optimizer = _optimizer(prompted, device)
+    optimizer = _optimizer(prompted, device, settings.encoder_rate)
     rates = [group["lr"] * settings.learning_rate for group in optimizer.param_groups]
     losses: dict[str, list[Tensor]] = {"rows": [], "episodes": []}
     draw = random.Random(0)
@@ -170,8 +206,11 @@ def _recent_mean(losses: list[Tensor]) -> float:
     return round(float(torch.stack(losses[-100:]).mean()), 3) if losses else 0.0
 
 
-def _optimizer(prompted: PromptedModel, device: torch.device) -> torch.optim.AdamW:
+def _optimizer(
+    prompted: PromptedModel, device: torch.device, encoder_rate: float
+) -> torch.optim.AdamW:
     """MiniLM's weights move slowly, the decoder faster, the prompt vectors fastest."""
+    rates = _LEARNING_RATES | {"encoder": _LEARNING_RATES["encoder"] * encoder_rate}
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in _LEARNING_RATES}
     for name, parameter in prompted.named_parameters():
         part = "decoder" if ".decoder." in name else "encoder"
@@ -179,7 +218,7 @@ def _optimizer(prompted: PromptedModel, device: torch.device) -> torch.optim.Ada
     return torch.optim.AdamW(
         [
             {"params": groups[name], "lr": rate, "weight_decay": 0.0 if name == "prompts" else 0.02}
-            for name, rate in _LEARNING_RATES.items()
+            for name, rate in rates.items()
         ],
         betas=(0.9, 0.98),
         fused=device.type == "cuda",
@@ -201,6 +240,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=5.0, help="training time (default 5)")
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--learning-rate", type=float, default=1.0, help="factor on all rates")
+    parser.add_argument("--encoder-rate", type=float, default=1.0, help="factor on the encoder's")
+    parser.add_argument("--start", type=Path, help="go on from this folder instead of MiniLM")
     parser.add_argument("--batch-tokens", type=int, default=49152)
     parser.add_argument("--learned-share", type=float, default=SlotShares().learned)
     parser.add_argument("--episode-share", type=float, default=Settings(0).episode_share)
@@ -222,6 +263,14 @@ def main() -> None:
     print(f"parameters {model.num_parameters()}, encoder differs from MiniLM by {difference:.1e}")
     if difference > 1e-4:
         raise SystemExit("the encoder does not start as MiniLM")
+    teacher = copy.deepcopy(model.get_encoder()).to(device).train(False).requires_grad_(False)
+    if options.start:
+        model = BartForConditionalGeneration.from_pretrained(
+            options.start,
+            dtype=torch.float32,
+            dropout=options.dropout,
+            attention_dropout=options.dropout,
+        )
     torch.nn.Module.to(model, device)
     shares = {name: share for name, share in (FAMILY_SHARES | options.shares).items() if share}
     slots = SlotShares(options.learned_share, 0.95 - options.learned_share)
@@ -233,9 +282,10 @@ def main() -> None:
         compiled=options.compile,
         most_steps=30 if options.toy else None,
         episode_share=options.episode_share,
+        encoder_rate=options.encoder_rate,
     )
     episodes = Episodes(rows, options.prepared, batch_tokens, options.seed)
-    train(model, rows, episodes, settings, device)
+    train(model, rows, episodes, settings, device, teacher)
     torch.nn.Module.to(model, "cpu")
     mix_minilm_in(model, minilm, options.kept)
     save_base(model, minilm, options.out)
