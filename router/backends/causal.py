@@ -10,7 +10,8 @@ from torch import Tensor
 
 from router.backends.rows import IGNORED, Row, token_losses
 from router.backends.seq2seq import split_special_tokens
-from router.backends.torch_model import Started, TorchLanguageModel
+from router.backends.started import Started
+from router.backends.torch_model import TorchLanguageModel
 
 # Stands between the text and the output, as the end of the text's line.
 _SEPARATOR = "\n"

@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from router.backends.rows import IGNORED, Row, batches, padded, token_losses
-from router.backends.torch_model import Started, TorchLanguageModel
+from router.backends.started import Started
+from router.backends.torch_model import TorchLanguageModel
 from router.errors import IncompatibleModelError, InvalidInputError
 
 _MAX_STATES_POSITIONS = 8192
