@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from router.backends.torch_model import TorchLanguageModel
+from router.tasks import PromptMethod
 from trainer.commands import Initialisation
 from trainer.example_prompt import example_prompt
 
@@ -20,8 +21,11 @@ def initial_prompt(
     labels: Sequence[str] | None,
     rows: Sequence[tuple[str, str]],
     seed: int,
+    method: PromptMethod = "prompt",
 ) -> Tensor:
-    """A prompt `[P, H]`, float32, on the model's device; `rows` are the training rows.
+    """A prompt `[P, W]`, float32, on the model's device; `rows` are the training rows.
+
+    A prefix starts as the keys and values that the layers compute for what a prompt would be.
 
     `examples` puts every label beside the mean encoder state of its rows (see
     `trainer.example_prompt`), and is `text` where that cannot be made; `text` repeats the
@@ -29,6 +33,20 @@ def initial_prompt(
     of random tokens (Lester et al. 2021, section 3.2); `random` draws a normal distribution as wide
     as the vocabulary. The last two are known to learn slower.
     """
+    prompt = _embedded(model, kind, length, instruction, labels, rows, seed)
+    return prompt if method == "prompt" else model.keys_and_values(prompt)
+
+
+def _embedded(
+    model: TorchLanguageModel,
+    kind: Initialisation,
+    length: int,
+    instruction: str,
+    labels: Sequence[str] | None,
+    rows: Sequence[tuple[str, str]],
+    seed: int,
+) -> Tensor:
+    """The prompt `[P, H]` as input embeddings."""
     if kind == "examples" and labels is not None:
         made = example_prompt(model, length, instruction, labels, rows)
         if made is not None:

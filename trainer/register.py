@@ -16,7 +16,7 @@ import numpy as np
 
 from router.errors import InvalidInputError, PromptyardError, RefusedError, shorten
 from router.interfaces import Embeddings, LanguageModel
-from router.loading import CLUSTERS_TENSOR, EMBEDDINGS_TENSOR, PROMPT_TENSOR
+from router.loading import CLUSTERS_TENSOR, EMBEDDINGS_TENSOR, PROMPT_TENSORS
 from router.statistics import to_fixed_point
 from router.tasks import PromptSummary, TaskRecord, check_task_name
 from trainer.admission import Registered, SuspectInput, next_revision
@@ -247,10 +247,13 @@ def _store(
     )
     prompt = None
     if tuned is not None and base_model is not None:
+        tokens, width = tuned.values.shape
         prompt = PromptSummary(
-            sha256=workshop.artifacts.write_tensors({PROMPT_TENSOR: tuned.values}),
-            tokens=len(tuned.values),
-            hidden_size=tuned.values.shape[1],
+            sha256=workshop.artifacts.write_tensors(
+                {PROMPT_TENSORS[settings.method]: tuned.values}
+            ),
+            tokens=tokens,
+            hidden_size=width if tuned.layers == 0 else width // (2 * tuned.layers),
             base_model=base_model.fingerprint,
             base_model_name=base_model.name,
             metric="exact match" if task.outputs is None else "accuracy",
@@ -258,6 +261,8 @@ def _store(
             settings={**asdict(settings), "python": platform.python_version()},
             steps=tuned.steps,
             seconds=round(tuned.seconds, 3),
+            method=settings.method,
+            layers=tuned.layers,
         )
     return TaskRecord(
         name=request.name,

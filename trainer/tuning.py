@@ -22,12 +22,16 @@ from router.backends.rows import Row, batches
 from router.backends.torch_model import TorchLanguageModel
 from router.errors import IncompatibleModelError, InvalidInputError, PromptyardError
 from router.interfaces import FloatArray, LanguageModel
+from router.tasks import PromptMethod
 from trainer.commands import Initialisation
 from trainer.initialisation import initial_prompt
 from trainer.prompt_quality import LabelledRow, Quality, Trial, majority_score, measure
 
 # progress(task or "", stage, done, total)
 Progress = Callable[[str, str, int, int], None]
+
+# Keys and values move the answers more than input embeddings do.
+PREFIX_LEARNING_RATE = 0.01
 
 _BETAS = (0.9, 0.98)
 _MAX_POSITIONS = {"cpu": 2048, "cuda": 32_768}
@@ -42,7 +46,9 @@ _MAX_OTHER_LABELS = 15
 class TuningSettings:
     """How to tune.
 
-    `length` is P, the vectors of a prompt; `rows_per_step` are per task; the learning rate rises
+    `method` is where the base model reads the prompt: `prompt`, before the input embeddings, or
+    `prefix`, as keys and values of every layer. `length` is P, the virtual tokens.
+    `rows_per_step` are per task; the learning rate rises
     over `warmup_steps` (at most a tenth of all steps) and falls to zero along a cosine. The
     validation rows are tried `validations` times, evenly spread; a task stops after `patience` of
     them in a row without a better result, and its best prompt is kept.
@@ -57,6 +63,14 @@ class TuningSettings:
     validations: int = 6
     patience: int = 4
     seed: int = 0
+    method: PromptMethod = "prompt"
+
+    @classmethod
+    def of_method(cls, method: PromptMethod) -> TuningSettings:
+        """The defaults of a method."""
+        if method == "prefix":
+            return cls(method=method, learning_rate=PREFIX_LEARNING_RATE)
+        return cls(method=method)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +89,12 @@ class TuningJob:
 
 @dataclass(frozen=True, slots=True)
 class TunedPrompt:
-    """The best prompt `[P, H]` (float32) of a task, and how it compares on the validation rows.
+    """The best prompt `[P, W]` (float32) of a task, and how it compares on the validation rows.
 
     `scores` are shares of right answers: `prompt`, `majority` (always the most frequent output),
     `no_prompt`, `instruction` (its plain text as the prompt). `losses` are the training losses of
-    each step, `steps` how many there were, `seconds` the task's share of the whole time.
+    each step, `steps` how many there were, `seconds` the task's share of the whole time; `layers`
+    counts those of a prefix.
     """
 
     name: str
@@ -89,6 +104,7 @@ class TunedPrompt:
     losses: tuple[float, ...]
     steps: int
     seconds: float
+    layers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +128,15 @@ def tune(
 
     Raises:
         InvalidInputError: settings that cannot be used, or two jobs of one name.
-        IncompatibleModelError: gradients cannot be computed through this kind of model.
+        IncompatibleModelError: gradients cannot be computed through this kind of model, or its
+            architecture does not allow the method.
     """
     _check(jobs, settings)
     if not isinstance(model, TorchLanguageModel):
         raise IncompatibleModelError(
             "base model", model.name, "prompts are tuned with a Hugging Face model"
         )
+    model.prompt_width(settings.method)
     began = time.perf_counter()
     results: dict[str, TunedPrompt | TuningFailure] = {}
     tasks: list[_Task] = []
@@ -150,6 +168,8 @@ class _Task:
                     f"{field} rows of {job.name}", min(strangers), "use one of the labels"
                 )
         self.job = job
+        self._method = settings.method
+        self._layers = model.prefix_shape.layers if settings.method == "prefix" else 0
         self._output_ids = {
             text: model.tokenize_output(text)
             for text in (*(job.labels or ()), *(output for _, output in job.train))
@@ -172,9 +192,12 @@ class _Task:
             job.labels,
             job.train,
             settings.seed,
+            settings.method,
         ).requires_grad_()
         instruction = model.text_embeddings(job.instruction) if job.instruction.strip() else None
-        without, with_instruction = measure(model, [self.trial(None), self.trial(instruction)])
+        without, with_instruction = measure(
+            model, [Trial(prompt, job.labels, job.validation) for prompt in (None, instruction)]
+        )
         self._baselines = {
             "majority": majority_score(job.train, job.validation),
             "no_prompt": without.score,
@@ -191,14 +214,14 @@ class _Task:
         """Whether the task takes part in the next step."""
         return not self._failed and self._stale < self._patience
 
-    def trial(self, prompt: Tensor | None) -> Trial:
-        """`prompt` on the validation rows."""
-        return Trial(prompt, self.job.labels, self.job.validation)
+    def trial(self) -> Trial:
+        """The prompt as it is now, on the validation rows."""
+        return Trial(self.prompt.detach(), self.job.labels, self.job.validation, self._method)
 
     def next_rows(self) -> list[_TrainingRow]:
         """The rows of the next step."""
         return [
-            _TrainingRow(self, Row(self.prompt, self._inputs[i]), self._candidates(i))
+            _TrainingRow(self, Row(self.prompt, self._inputs[i], self._method), self._candidates(i))
             for i in next(self._schedule)
         ]
 
@@ -240,6 +263,7 @@ class _Task:
             losses=tuple(self._losses),
             steps=len(self._losses),
             seconds=seconds,
+            layers=self._layers,
         )
 
 
@@ -313,8 +337,8 @@ def _losses(model: TorchLanguageModel, rows: Sequence[_TrainingRow]) -> Tensor:
 
 
 def _validate(model: TorchLanguageModel, tasks: Sequence[_Task]) -> None:
-    trials = [task.trial(task.prompt.detach()) for task in tasks]
-    for task, quality in zip(tasks, measure(model, trials), strict=True):
+    qualities = measure(model, [task.trial() for task in tasks])
+    for task, quality in zip(tasks, qualities, strict=True):
         task.validated(quality)
 
 
@@ -347,6 +371,10 @@ def _check(jobs: Sequence[TuningJob], settings: TuningSettings) -> None:
             raise InvalidInputError(field, getattr(settings, field), "give at least 1")
     if not 0 < settings.learning_rate < math.inf:
         raise InvalidInputError("learning rate", settings.learning_rate, "give a positive number")
+    if settings.method not in get_args(PromptMethod):
+        raise InvalidInputError(
+            "method", settings.method, f"choose one of {', '.join(get_args(PromptMethod))}"
+        )
     if settings.initialisation not in get_args(Initialisation):
         raise InvalidInputError(
             "initialisation",

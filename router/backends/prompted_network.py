@@ -1,8 +1,9 @@
 """A frozen network with its tokenizer: tokens, input embeddings, and soft prompts before them.
 
-A row is `PROMPT text`: the soft prompt is plainly prepended to the input embeddings of the
-tokenizer's own output, so that prompts can be exchanged with PEFT. Rows of one batch may carry
-prompts of different tasks and lengths, or none.
+A row is `PROMPT text`. A soft prompt of the method `prompt` is plainly prepended to the input
+embeddings of the tokenizer's own output, so that prompts can be exchanged with PEFT; one of the
+method `prefix` gives every layer keys and values for positions before the text. Rows of one batch
+may carry prompts of different tasks, methods and lengths, or none.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Self, cast
 
 import torch
@@ -20,6 +22,29 @@ from router.backends.checkpoint import cpu_multiplies_bfloat16, end_ids, window
 from router.backends.rows import Row, TextTokens, lay_out
 from router.errors import IncompatibleModelError, InvalidInputError
 from router.interfaces import FloatArray, PromptedInput
+from router.tasks import PromptMethod
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixShape:
+    """What a prefix holds for each virtual token: keys and values of every layer.
+
+    They are ordered as PEFT orders them: by layer, keys before values, by head.
+    """
+
+    layers: int
+    heads: int
+    head_size: int
+
+    @property
+    def size(self) -> int:
+        """Numbers of the keys (or of the values) of one layer."""
+        return self.heads * self.head_size
+
+    @property
+    def width(self) -> int:
+        """W, numbers for each virtual token."""
+        return self.layers * 2 * self.size
 
 
 class PromptedNetwork(ABC):
@@ -77,6 +102,31 @@ class PromptedNetwork(ABC):
     def hidden_size(self) -> int:
         """H, the width of the input embeddings and so of a soft prompt."""
         return int(self._embed.weight.shape[1])
+
+    @property
+    @abstractmethod
+    def prefix_shape(self) -> PrefixShape:
+        """What a prefix of this model is made of.
+
+        Raises:
+            IncompatibleModelError: the architecture does not allow one.
+        """
+
+    @abstractmethod
+    def keys_and_values(self, prompt: Tensor) -> Tensor:
+        """The prefix `[P, W]`, float32, of what the layers compute for input embeddings `[P, H]`.
+
+        Raises:
+            IncompatibleModelError: the architecture does not allow prefixes.
+        """
+
+    def prompt_width(self, method: PromptMethod) -> int:
+        """W, the numbers that a virtual token of a soft prompt of that method has.
+
+        Raises:
+            IncompatibleModelError: the architecture does not allow the method.
+        """
+        return self.hidden_size if method == "prompt" else self.prefix_shape.width
 
     @property
     def vocabulary_size(self) -> int:
@@ -185,23 +235,27 @@ class PromptedNetwork(ABC):
         tensors: dict[int, Tensor] = {}
         for row in inputs:
             if row.prompt is not None and id(row.prompt) not in tensors:
-                tensors[id(row.prompt)] = self._prompt_tensor(row.prompt)
+                tensors[id(row.prompt)] = self._prompt_tensor(row.prompt, row.method)
         tokens = self.tokenize_inputs(
             [row.text for row in inputs],
             [0 if row.prompt is None else len(row.prompt) for row in inputs],
             output_tokens,
         )
         return [
-            (Row(None if row.prompt is None else tensors[id(row.prompt)], text.ids), text)
+            (
+                Row(None if row.prompt is None else tensors[id(row.prompt)], text.ids, row.method),
+                text,
+            )
             for row, text in zip(inputs, tokens, strict=True)
         ]
 
-    def _prompt_tensor(self, prompt: FloatArray) -> Tensor:
-        if prompt.ndim != 2 or prompt.shape[1] != self.hidden_size:
+    def _prompt_tensor(self, prompt: FloatArray, method: PromptMethod) -> Tensor:
+        width = self.prompt_width(method)
+        if prompt.ndim != 2 or prompt.shape[1] != width:
             raise IncompatibleModelError(
-                "soft prompt",
+                f"soft prompt, method {method}",
                 f"shape {prompt.shape}",
-                f"{self.name} takes vectors of {self.hidden_size} numbers",
+                f"{self.name} takes vectors of {width} numbers",
             )
         # A copy: torch cannot wrap the read-only arrays of a snapshot.
         return torch.tensor(prompt, dtype=torch.float32, device=self.device)

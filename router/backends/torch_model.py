@@ -51,6 +51,10 @@ class TorchLanguageModel(PromptedNetwork):
         """Logits `[B, T, V]` after each of the output tokens `ids` `[B, T]` (right-padded)."""
 
     @abstractmethod
+    def _generation_inputs(self, rows: Sequence[Row]) -> dict[str, object]:
+        """`rows` as the arguments of transformers' `generate`."""
+
+    @abstractmethod
     def negative_log_likelihood(
         self, rows: Sequence[Row], outputs: Sequence[Sequence[int]]
     ) -> Tensor:
@@ -168,10 +172,8 @@ class TorchLanguageModel(PromptedNetwork):
         self, rows: Sequence[Row], writers: Sequence[RowWriter], limit: int
     ) -> None:
         with torch.no_grad(), self._one_batch_at_a_time:
-            embeddings, mask = self._lay_out(rows)
             self.network.generate(
-                inputs_embeds=embeddings,
-                attention_mask=mask,
+                **self._generation_inputs(rows),
                 max_new_tokens=limit,
                 streamer=BatchStreamer(writers),
                 stopping_criteria=StoppingCriteriaList([CancelledRows(writers)]),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import trainer.register
+from router.backends.language_model import load_language_model
 from router.backends.onnx_encoder import OnnxMiniLM
 from router.catalog import CatalogReader
 from router.decision import Outcome
@@ -23,6 +24,7 @@ from router.errors import (
     TaskNotFoundError,
 )
 from router.fitting import Background
+from router.interfaces import PromptedInput
 from router.loading import ServedModels, SnapshotLoader, read_prompt, read_statistics
 from router.statistics import FIXED_POINT
 from router.tasks import TaskKey
@@ -37,6 +39,7 @@ from tests.catalogs import (
     write_rows,
 )
 from tests.fakes import FakeLanguageModel
+from tests.unit.small_models import save_small_model
 from trainer.admission import Registered
 from trainer.commands import PolicyChange, RegisterTask
 from trainer.data import read_labelled
@@ -328,6 +331,37 @@ def test_data_that_no_prompt_can_be_tuned_on_is_refused(
 
 
 # Prompts, with a tuner that costs nothing
+
+
+def test_a_prefix_is_stored_with_its_method_and_served_as_it_was_tuned(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    base = load_language_model(save_small_model("bart", tmp_path / "bart"), device="cpu", threads=1)
+    request = RegisterTask(
+        "weather", rows_at(tmp_path, "weather", 20), instruction="is it good", force="a test"
+    )
+    settings = TuningSettings(method="prefix", length=5, steps=2, validations=1)
+    result = register(workshop, [request], base, settings)
+    [record] = result.records
+    assert record.prompt is not None
+    assert (record.prompt.method, record.prompt.layers, record.prompt.hidden_size) == (
+        "prefix",
+        2,
+        32,
+    )
+    assert record.prompt.settings["method"] == "prefix"
+    models = ServedModels(PlaceEncoder.fingerprint, DIMENSION, place_background(), base.fingerprint)
+    assert result.published is not None
+    snapshot = SnapshotLoader(workshop.home, models).load(
+        workshop.catalog, result.published.revision, None
+    )
+    served = snapshot.task("weather").prompt
+    assert served is not None
+    assert served.shape == (5, 2, 2, 32)
+    [scores] = base.score(
+        [PromptedInput("weather 1", served.values, served.method)], [record.outputs or ()]
+    )
+    assert np.isfinite(scores.log_probabilities).all()
 
 
 class Tuner:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from router.backends.language_model import load_language_model
+from router.backends.prompted_network import PrefixShape
 from router.backends.rows import Row
 from router.backends.seq2seq import Seq2SeqLanguageModel
 from router.backends.torch_model import TorchLanguageModel
@@ -98,6 +99,50 @@ def test_tuning_lowers_the_loss_on_every_architecture(any_model: TorchLanguageMo
     assert np.mean(result.losses[-5:]) < np.mean(result.losses[:5])
     assert set(result.scores) == {"prompt", "majority", "no_prompt", "instruction"}
     assert result.seconds > 0
+
+
+def test_a_prefix_is_tuned_on_every_architecture_and_serves_as_it_was_measured(
+    any_model: TorchLanguageModel,
+) -> None:
+    settings = replace(QUICK, method="prefix", learning_rate=0.02, steps=30)
+    before = weights_digest(any_model)
+    result = tuned(any_model, [SENTIMENT], settings)["sentiment"]
+    assert weights_digest(any_model) == before
+    shape = any_model.prefix_shape
+    assert result.values.shape == (6, shape.width)
+    assert result.layers == shape.layers
+    assert np.mean(result.losses[-5:]) < np.mean(result.losses[:5])
+    labels = SENTIMENT.labels or ()
+    rows = [PromptedInput(text, result.values, "prefix") for text, _ in SENTIMENT.validation]
+    answers = [labels[row.best] for row in any_model.score(rows, [labels] * len(rows))]
+    right = [
+        answer == output for answer, (_, output) in zip(answers, SENTIMENT.validation, strict=True)
+    ]
+    assert float(np.mean(right)) == result.scores["prompt"]
+
+
+def test_a_prefix_of_free_text_is_generated_under_it(any_model: TorchLanguageModel) -> None:
+    settings = replace(QUICK, method="prefix", steps=2)
+    assert tuned(any_model, [COPY], settings)["copy"].values.shape[0] == QUICK.length
+
+
+def test_an_architecture_without_prefixes_refuses_them_before_anything_is_tuned(
+    model: TorchLanguageModel,
+) -> None:
+    class Without(Seq2SeqLanguageModel):
+        @property
+        def prefix_shape(self) -> PrefixShape:
+            raise IncompatibleModelError("method prefix", "no layers", "tune with --method prompt")
+
+    seen: list[object] = []
+    with pytest.raises(IncompatibleModelError, match="--method prompt"):
+        tune(
+            with_class(model, Without),
+            [SENTIMENT],
+            replace(QUICK, method="prefix"),
+            lambda *step: seen.append(step),
+        )
+    assert seen == []
 
 
 def test_the_base_models_weights_do_not_change(any_model: TorchLanguageModel) -> None:
@@ -295,6 +340,7 @@ def test_every_initialisation_can_be_tuned(model: TorchLanguageModel, kind: str)
         {"warmup_steps": -1},
         {"patience": 0},
         {"initialisation": "magic"},
+        {"method": "magic"},
     ],
 )
 def test_settings_that_make_no_sense_are_refused(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +11,7 @@ import typer
 
 from router.errors import InvalidInputError
 from router.settings import DEFAULT_BASE_MODEL, DEFAULT_ENCODER
+from router.tasks import PromptMethod
 from trainer.cli.console import (
     AsJson,
     BaseModel,
@@ -47,6 +48,7 @@ class _Tuning:
     learning_rate: float | None
     initialisation: Initialisation | None
     seed: int | None
+    method: PromptMethod
 
 
 def add_to(app: typer.Typer) -> None:
@@ -96,6 +98,13 @@ def register(
         ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Tuning steps at most.")] = None,
+    method: Annotated[
+        PromptMethod,
+        typer.Option(
+            help="prompt: vectors before the input (the smallest). prefix: keys and values for "
+            "every layer of the base model, where it allows that."
+        ),
+    ] = "prompt",
     length: Annotated[int | None, typer.Option(help="Virtual tokens of the prompt.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of the tuning.")] = None,
     initialisation: Annotated[
@@ -158,7 +167,7 @@ def register(
             base_model,
             requests,
             PolicyChange(head=head, false_reject_rate=false_reject_rate),
-            _Tuning(steps, length, learning_rate, initialisation, seed),
+            _Tuning(steps, length, learning_rate, initialisation, seed, method),
             gate_limit,
         )
         _print_registered(result, as_json)
@@ -187,16 +196,8 @@ def _register(
     from trainer.tuning import TuningSettings
     from trainer.workshop import Workshop
 
-    default = TuningSettings()
-    settings = TuningSettings(
-        steps=default.steps if tuning.steps is None else tuning.steps,
-        length=default.length if tuning.length is None else tuning.length,
-        learning_rate=(
-            default.learning_rate if tuning.learning_rate is None else tuning.learning_rate
-        ),
-        initialisation=tuning.initialisation or default.initialisation,
-        seed=default.seed if tuning.seed is None else tuning.seed,
-    )
+    given = {key: value for key, value in asdict(tuning).items() if value is not None}
+    settings = replace(TuningSettings.of_method(tuning.method), **given)
     wants_prompts = any(request.with_prompt for request in requests)
     with Workshop(folder, load_encoder(encoder)) as workshop:
         model = load_base_model(base_model) if wants_prompts else None

@@ -69,7 +69,7 @@ def list_tasks(
                     record.revision,
                     record.data.rows,
                     "-" if record.prompt is None else _outputs(record),
-                    f"{record.prompt.tokens} tokens" if record.prompt else "none",
+                    _prompt(record),
                     f"{record.prompt.scores['prompt']:.1%}" if record.prompt else "-",
                     "live" if record.name in live else "retired",
                 ]
@@ -77,6 +77,13 @@ def list_tasks(
             ],
             title=f"catalog revision {revision}: {len(live)} live tasks",
         )
+
+
+def _prompt(record: TaskRecord) -> str:
+    if record.prompt is None:
+        return "none"
+    tokens = f"{record.prompt.tokens} tokens"
+    return tokens if record.prompt.method == "prompt" else f"{tokens} ({record.prompt.method})"
 
 
 def show(
