@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from router.errors import CorruptArtifactError, InvalidInputError
 
@@ -35,12 +35,27 @@ class DataSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class TrainingCurve:
+    """How the tuning of a prompt went.
+
+    `losses` are training losses, each the mean of `steps_per_loss` steps. After `validated_at[i]`
+    steps, `validation_scores[i]` of the validation rows were right, with `validation_losses[i]`.
+    """
+
+    steps_per_loss: int
+    losses: tuple[float, ...]
+    validated_at: tuple[int, ...]
+    validation_scores: tuple[float, ...]
+    validation_losses: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class PromptSummary:
     """The soft prompt of a task: its file, and what it was tuned on.
 
     `scores` holds shares of right answers on the validation rows: `prompt`, `majority`,
     `no_prompt`, `instruction`. Of a prefix, `hidden_size` is the width of one layer's keys, and
-    `layers` counts the layers.
+    `layers` counts the layers. `versions` are those of the software that tuned it.
     """
 
     sha256: str
@@ -55,6 +70,8 @@ class PromptSummary:
     seconds: float
     method: PromptMethod = "prompt"
     layers: int = 0
+    curve: TrainingCurve | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def width(self) -> int:
@@ -63,7 +80,12 @@ class PromptSummary:
 
 
 # Fields of later versions. A record that lacks them keeps the digest that it was stored with.
-_LATER_FIELDS: Mapping[str, object] = {"method": "prompt", "layers": 0}
+_LATER_FIELDS: Mapping[str, object] = {
+    "method": "prompt",
+    "layers": 0,
+    "curve": None,
+    "versions": {},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +144,23 @@ class TaskRecord:
             return cls(
                 **{**raw, "data": DataSummary(**raw["data"])},
                 outputs=None if outputs is None else tuple(outputs),
-                prompt=None if prompt is None else PromptSummary(**prompt),
+                prompt=None if prompt is None else _prompt_summary(prompt),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptArtifactError(
                 "task record", text, "restore the catalog from a backup"
             ) from error
+
+
+def _prompt_summary(raw: dict[str, Any]) -> PromptSummary:
+    curve = raw.pop("curve", None)
+    if curve is not None:
+        lists = {key: value for key, value in curve.items() if key != "steps_per_loss"}
+        curve = TrainingCurve(
+            steps_per_loss=curve["steps_per_loss"],
+            **{key: tuple(values) for key, values in lists.items()},
+        )
+    return PromptSummary(**raw, curve=curve)
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ NAMES_TORCH_MODEL = (
     "trainer/prompt_quality.py",
     "trainer/initialisation.py",
     "trainer/example_prompt.py",
+    "trainer/inspection.py",
 )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from router.errors import InvalidInputError, PromptyardError, RefusedError, shor
 from router.interfaces import Embeddings, LanguageModel
 from router.loading import CLUSTERS_TENSOR, EMBEDDINGS_TENSOR, PROMPT_TENSORS
 from router.statistics import to_fixed_point
-from router.tasks import PromptSummary, TaskRecord, check_task_name
+from router.tasks import PromptSummary, TaskRecord, TrainingCurve, check_task_name
 from trainer.admission import Registered, SuspectInput, next_revision
 from trainer.catalog_writer import now
 from trainer.clustering import cluster
@@ -31,6 +32,9 @@ from trainer.workshop import Published, Workshop
 MIN_ROWS_FOR_ROUTING = 2
 MIN_ROWS_FOR_PROMPT = 8
 _EMBED_ROWS = 256
+_MOST_LOSSES = 200
+# What the bits of a tuned prompt may depend on.
+_VERSIONED = ("promptyard", "torch", "transformers")
 
 # progress(task or "", stage, done, total)
 Progress = Callable[[str, str, int, int], None]
@@ -263,6 +267,8 @@ def _store(
             seconds=round(tuned.seconds, 3),
             method=settings.method,
             layers=tuned.layers,
+            curve=training_curve(tuned),
+            versions={name: version(name) for name in _VERSIONED},
         )
     return TaskRecord(
         name=request.name,
@@ -276,6 +282,19 @@ def _store(
         embeddings_sha256=embeddings_sha256,
         prompt=prompt,
         forced_reason=request.force,
+    )
+
+
+def training_curve(tuned: TunedPrompt) -> TrainingCurve:
+    """The curve of a tuned prompt as its record keeps it: short."""
+    block = -(-len(tuned.losses) // _MOST_LOSSES) or 1
+    blocks = [tuned.losses[i : i + block] for i in range(0, len(tuned.losses), block)]
+    return TrainingCurve(
+        steps_per_loss=block,
+        losses=tuple(round(float(np.mean(losses)), 4) for losses in blocks),
+        validated_at=tuple(validation.step for validation in tuned.validations),
+        validation_scores=tuple(round(v.score, 4) for v in tuned.validations),
+        validation_losses=tuple(round(v.loss, 4) for v in tuned.validations),
     )
 
 

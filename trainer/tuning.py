@@ -88,13 +88,22 @@ class TuningJob:
 
 
 @dataclass(frozen=True, slots=True)
+class Validation:
+    """The share of right answers on the validation rows, and the loss, after so many steps."""
+
+    step: int
+    score: float
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
 class TunedPrompt:
     """The best prompt `[P, W]` (float32) of a task, and how it compares on the validation rows.
 
     `scores` are shares of right answers: `prompt`, `majority` (always the most frequent output),
     `no_prompt`, `instruction` (its plain text as the prompt). `losses` are the training losses of
     each step, `steps` how many there were, `seconds` the task's share of the whole time; `layers`
-    counts those of a prefix.
+    counts those of a prefix; `validations` are all that were made.
     """
 
     name: str
@@ -105,6 +114,7 @@ class TunedPrompt:
     steps: int
     seconds: float
     layers: int = 0
+    validations: tuple[Validation, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +216,7 @@ class _Task:
         self._best: tuple[Quality, Tensor] | None = None
         self._stale = 0
         self._losses: list[float] = []
+        self._validations: list[Validation] = []
         self._failed = False
         self._patience = settings.patience
 
@@ -239,6 +250,7 @@ class _Task:
 
     def validated(self, quality: Quality) -> None:
         """Keep the prompt as it is now if it is the best so far."""
+        self._validations.append(Validation(len(self._losses), quality.score, -quality.minus_loss))
         better = self._best is None or quality.clearly_exceeds(self._best[0])
         if better and math.isfinite(quality.minus_loss):
             self._best = (quality, self.prompt.detach().clone())
@@ -264,6 +276,7 @@ class _Task:
             steps=len(self._losses),
             seconds=seconds,
             layers=self._layers,
+            validations=tuple(self._validations),
         )
 
 

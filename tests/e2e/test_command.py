@@ -29,7 +29,8 @@ TASKS = {
 }
 COMMANDS = [
     *("register", "list", "show", "retire", "restore", "rollback", "serve", "route", "generate"),
-    *("status", "token", "demo", "evaluate routing", "evaluate answers", "evaluate stream"),
+    *("inspect", "status", "token", "demo"),
+    *("evaluate routing", "evaluate answers", "evaluate stream"),
 ]
 
 

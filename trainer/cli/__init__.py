@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from trainer.cli import comparing, demo, evaluation, operating, registering, serving, tasks
+from trainer.cli import (
+    comparing,
+    demo,
+    evaluation,
+    inspecting,
+    operating,
+    registering,
+    serving,
+    tasks,
+)
 from trainer.cli.console import quiet_libraries
 
 app = typer.Typer(
@@ -40,6 +49,7 @@ def _options(
 
 registering.add_to(app)
 tasks.add_to(app)
+inspecting.add_to(app)
 operating.add_to(app)
 serving.add_to(app)
 demo.add_to(app)
