@@ -36,6 +36,8 @@ NAMES_TORCH_MODEL = (
     "trainer/initialisation.py",
     "trainer/example_prompt.py",
     "trainer/inspection.py",
+    "trainer/peft_exchange.py",
+    "trainer/prompt_import.py",
 )
 
 

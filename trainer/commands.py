@@ -16,7 +16,8 @@ class RegisterTask:
     """Add one task (or, with `revise`, its next revision) from a labelled file.
 
     `force` publishes a prompt that did not beat its baselines, and a task that takes too much of
-    another; it is the reason, and is recorded.
+    another; it is the reason, and is recorded. `prompt_from` is a folder of PEFT whose prompt is
+    taken instead of tuning one.
     """
 
     name: str
@@ -29,6 +30,7 @@ class RegisterTask:
     drop_duplicates: bool = False
     revise: bool = False
     force: str = ""
+    prompt_from: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,8 @@ from trainer.data import Fields
 
 _MOST_MIB = 16
 _TEXTS = ("name", "data", "description", "instruction", "input_field", "output_field", "force")
+# Paths, relative to the manifest.
+_FOLDERS = ("prompt_from",)
 _FLAGS = ("with_prompt", "free_text", "drop_duplicates", "revise")
 
 
@@ -55,12 +57,13 @@ def _request(path: Path, number: int, entry: object) -> RegisterTask:
     where = f"{path}: task {number}"
     if not isinstance(entry, dict):
         raise InvalidInputError(where, entry, "give a mapping with 'name' and 'data'")
-    unknown = set(entry) - {*_TEXTS, *_FLAGS}
+    known = (*_TEXTS, *_FOLDERS, *_FLAGS)
+    unknown = set(entry) - set(known)
     if unknown:
         raise InvalidInputError(
-            where, ", ".join(map(str, unknown)), f"the keys are {', '.join((*_TEXTS, *_FLAGS))}"
+            where, ", ".join(map(str, unknown)), f"the keys are {', '.join(known)}"
         )
-    for key in _TEXTS:
+    for key in (*_TEXTS, *_FOLDERS):
         if not isinstance(entry.get(key, ""), str):
             raise InvalidInputError(f"{where}, {key}", entry[key], "give a text")
     for key in _FLAGS:
@@ -76,5 +79,6 @@ def _request(path: Path, number: int, entry: object) -> RegisterTask:
         instruction=entry.get("instruction", ""),
         fields=Fields(entry.get("input_field", "input"), entry.get("output_field", "output")),
         force=entry.get("force", ""),
+        prompt_from=path.parent / entry["prompt_from"] if entry.get("prompt_from") else None,
         **flags,
     )

@@ -66,6 +66,29 @@ def measure(model: TorchLanguageModel, trials: Sequence[Trial]) -> list[Quality]
     return qualities
 
 
+def baseline_scores(
+    model: TorchLanguageModel,
+    instruction: str,
+    labels: tuple[str, ...] | None,
+    train: Sequence[LabelledRow],
+    validation: Sequence[LabelledRow],
+) -> dict[str, float]:
+    """Shares of right answers on `validation` without a soft prompt.
+
+    `majority` (always the most frequent output of `train`), `no_prompt`, and `instruction`, its
+    plain text as the prompt.
+    """
+    text = model.text_embeddings(instruction) if instruction.strip() else None
+    without, with_instruction = measure(
+        model, [Trial(prompt, labels, validation) for prompt in (None, text)]
+    )
+    return {
+        "majority": majority_score(train, validation),
+        "no_prompt": without.score,
+        "instruction": with_instruction.score,
+    }
+
+
 def majority_score(train: Sequence[LabelledRow], rows: Sequence[LabelledRow]) -> float:
     """The score of always answering the most frequent output of `train` (the first, if several)."""
     most_frequent = Counter(sorted(output for _, output in train)).most_common(1)[0][0]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 
 import numpy as np
@@ -19,20 +19,21 @@ from router.errors import InvalidInputError, PromptyardError, RefusedError, shor
 from router.interfaces import Embeddings, LanguageModel
 from router.loading import CLUSTERS_TENSOR, EMBEDDINGS_TENSOR, PROMPT_TENSORS
 from router.statistics import to_fixed_point
-from router.tasks import PromptSummary, TaskRecord, TrainingCurve, check_task_name
+from router.tasks import PromptSummary, TaskRecord, check_task_name
 from trainer.admission import Registered, SuspectInput, next_revision
 from trainer.catalog_writer import now
 from trainer.clustering import cluster
 from trainer.commands import PolicyChange, RegisterTask
 from trainer.data import Example, LabelledFile, closed_outputs, read_labelled, split, summarise
 from trainer.gate import DEFAULT_GATE_LIMIT, InterferenceError
-from trainer.tuning import TunedPrompt, TuningFailure, TuningJob, TuningSettings, tune
+from trainer.prompt_import import import_prompt
+from trainer.tuned_prompt import TunedPrompt, TuningFailure, training_curve
+from trainer.tuning import TuningJob, TuningSettings, tune
 from trainer.workshop import Published, Workshop
 
 MIN_ROWS_FOR_ROUTING = 2
 MIN_ROWS_FOR_PROMPT = 8
 _EMBED_ROWS = 256
-_MOST_LOSSES = 200
 # What the bits of a tuned prompt may depend on.
 _VERSIONED = ("promptyard", "torch", "transformers")
 
@@ -83,7 +84,7 @@ def register(
         try:
             if tuned is not None:
                 check_prompt(task.request, tuned)
-            records.append(_store(workshop, task, tuned, base_model, settings, progress))
+            records.append(_store(workshop, task, tuned, base_model, progress))
         except PromptyardError as error:
             failures[task.request.name] = error
     progress("", "publish", 0, 1)
@@ -223,7 +224,18 @@ def _tune(
         )
         for task in wanted
     ]
+    folders = {task.request.name: task.request.prompt_from for task in wanted}
     prompts = {}
+    for job in jobs:
+        folder = folders[job.name]
+        if folder is not None:
+            try:
+                prompts[job.name] = import_prompt(base_model, job, folder)
+            except PromptyardError as error:
+                failures[job.name] = error
+    jobs = [job for job in jobs if folders[job.name] is None]
+    if not jobs:
+        return prompts
     for name, result in tune(base_model, jobs, settings, progress).items():
         if isinstance(result, TuningFailure):
             failures[name] = RefusedError(f"prompt of {name}", result.reason, result.remedy)
@@ -237,7 +249,6 @@ def _store(
     task: Prepared,
     tuned: TunedPrompt | None,
     base_model: LanguageModel | None,
-    settings: TuningSettings,
     progress: Progress,
 ) -> TaskRecord:
     """Embed the rows, store rows and prompt, and make the record."""
@@ -253,19 +264,17 @@ def _store(
     if tuned is not None and base_model is not None:
         tokens, width = tuned.values.shape
         prompt = PromptSummary(
-            sha256=workshop.artifacts.write_tensors(
-                {PROMPT_TENSORS[settings.method]: tuned.values}
-            ),
+            sha256=workshop.artifacts.write_tensors({PROMPT_TENSORS[tuned.method]: tuned.values}),
             tokens=tokens,
             hidden_size=width if tuned.layers == 0 else width // (2 * tuned.layers),
             base_model=base_model.fingerprint,
             base_model_name=base_model.name,
             metric="exact match" if task.outputs is None else "accuracy",
             scores=dict(tuned.scores),
-            settings={**asdict(settings), "python": platform.python_version()},
+            settings={**tuned.settings, "python": platform.python_version()},
             steps=tuned.steps,
             seconds=round(tuned.seconds, 3),
-            method=settings.method,
+            method=tuned.method,
             layers=tuned.layers,
             curve=training_curve(tuned),
             versions={name: version(name) for name in _VERSIONED},
@@ -282,19 +291,6 @@ def _store(
         embeddings_sha256=embeddings_sha256,
         prompt=prompt,
         forced_reason=request.force,
-    )
-
-
-def training_curve(tuned: TunedPrompt) -> TrainingCurve:
-    """The curve of a tuned prompt as its record keeps it: short."""
-    block = -(-len(tuned.losses) // _MOST_LOSSES) or 1
-    blocks = [tuned.losses[i : i + block] for i in range(0, len(tuned.losses), block)]
-    return TrainingCurve(
-        steps_per_loss=block,
-        losses=tuple(round(float(np.mean(losses)), 4) for losses in blocks),
-        validated_at=tuple(validation.step for validation in tuned.validations),
-        validation_scores=tuple(round(v.score, 4) for v in tuned.validations),
-        validation_losses=tuple(round(v.loss, 4) for v in tuned.validations),
     )
 
 

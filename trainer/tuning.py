@@ -10,8 +10,8 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import get_args
 
 import numpy as np
@@ -21,11 +21,12 @@ from torch import Tensor
 from router.backends.rows import Row, batches
 from router.backends.torch_model import TorchLanguageModel
 from router.errors import IncompatibleModelError, InvalidInputError, PromptyardError
-from router.interfaces import FloatArray, LanguageModel
+from router.interfaces import LanguageModel
 from router.tasks import PromptMethod
 from trainer.commands import Initialisation
 from trainer.initialisation import initial_prompt
-from trainer.prompt_quality import LabelledRow, Quality, Trial, majority_score, measure
+from trainer.prompt_quality import LabelledRow, Quality, Trial, baseline_scores, measure
+from trainer.tuned_prompt import TunedPrompt, TuningFailure, Validation
 
 # progress(task or "", stage, done, total)
 Progress = Callable[[str, str, int, int], None]
@@ -87,45 +88,6 @@ class TuningJob:
     validation: Sequence[LabelledRow]
 
 
-@dataclass(frozen=True, slots=True)
-class Validation:
-    """The share of right answers on the validation rows, and the loss, after so many steps."""
-
-    step: int
-    score: float
-    loss: float
-
-
-@dataclass(frozen=True, slots=True)
-class TunedPrompt:
-    """The best prompt `[P, W]` (float32) of a task, and how it compares on the validation rows.
-
-    `scores` are shares of right answers: `prompt`, `majority` (always the most frequent output),
-    `no_prompt`, `instruction` (its plain text as the prompt). `losses` are the training losses of
-    each step, `steps` how many there were, `seconds` the task's share of the whole time; `layers`
-    counts those of a prefix; `validations` are all that were made.
-    """
-
-    name: str
-    values: FloatArray
-    scores: Mapping[str, float]
-    validation_loss: float
-    losses: tuple[float, ...]
-    steps: int
-    seconds: float
-    layers: int = 0
-    validations: tuple[Validation, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class TuningFailure:
-    """Why a task has no prompt, and what to do about it. The other tasks are not affected."""
-
-    name: str
-    reason: str
-    remedy: str
-
-
 def tune(
     model: LanguageModel,
     jobs: Sequence[TuningJob],
@@ -178,6 +140,7 @@ class _Task:
                     f"{field} rows of {job.name}", min(strangers), "use one of the labels"
                 )
         self.job = job
+        self._settings = settings
         self._method = settings.method
         self._layers = model.prefix_shape.layers if settings.method == "prefix" else 0
         self._output_ids = {
@@ -204,15 +167,9 @@ class _Task:
             settings.seed,
             settings.method,
         ).requires_grad_()
-        instruction = model.text_embeddings(job.instruction) if job.instruction.strip() else None
-        without, with_instruction = measure(
-            model, [Trial(prompt, job.labels, job.validation) for prompt in (None, instruction)]
+        self._baselines = baseline_scores(
+            model, job.instruction, job.labels, job.train, job.validation
         )
-        self._baselines = {
-            "majority": majority_score(job.train, job.validation),
-            "no_prompt": without.score,
-            "instruction": with_instruction.score,
-        }
         self._best: tuple[Quality, Tensor] | None = None
         self._stale = 0
         self._losses: list[float] = []
@@ -275,7 +232,9 @@ class _Task:
             losses=tuple(self._losses),
             steps=len(self._losses),
             seconds=seconds,
+            method=self._method,
             layers=self._layers,
+            settings=asdict(self._settings),
             validations=tuple(self._validations),
         )
 

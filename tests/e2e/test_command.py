@@ -29,7 +29,7 @@ TASKS = {
 }
 COMMANDS = [
     *("register", "list", "show", "retire", "restore", "rollback", "serve", "route", "generate"),
-    *("inspect", "status", "token", "demo"),
+    *("inspect", "export", "status", "token", "demo"),
     *("evaluate routing", "evaluate answers", "evaluate stream"),
 ]
 

@@ -20,8 +20,7 @@ from tests.unit.prompted_home import TOKENS, PromptedHome, make_prompted_home
 from trainer.cli import app
 from trainer.cli.inspecting import sparkline
 from trainer.inspection import inspect_prompt, nearest_tokens, prompt_similarity
-from trainer.register import training_curve
-from trainer.tuning import TunedPrompt, Validation
+from trainer.tuned_prompt import TunedPrompt, Validation, training_curve
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +44,8 @@ from trainer.admission import Registered
 from trainer.commands import PolicyChange, RegisterTask
 from trainer.data import read_labelled
 from trainer.register import check_prompt, register
-from trainer.tuning import TunedPrompt, TuningFailure, TuningSettings
+from trainer.tuned_prompt import TunedPrompt, TuningFailure
+from trainer.tuning import TuningSettings
 from trainer.workshop import Workshop
 
 LIGHTS = [
@@ -373,7 +374,12 @@ class Tuner:
 
     def __call__(self, model, jobs, settings, progress):
         self.jobs += jobs
-        return {job.name: self.results[job.name] for job in jobs}
+        return {
+            job.name: replace(result, settings=asdict(settings))
+            if isinstance(result := self.results[job.name], TunedPrompt)
+            else result
+            for job in jobs
+        }
 
 
 @pytest.fixture

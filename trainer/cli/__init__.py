@@ -11,6 +11,7 @@ from trainer.cli import (
     comparing,
     demo,
     evaluation,
+    exchanging,
     inspecting,
     operating,
     registering,
@@ -50,6 +51,7 @@ def _options(
 registering.add_to(app)
 tasks.add_to(app)
 inspecting.add_to(app)
+exchanging.add_to(app)
 operating.add_to(app)
 serving.add_to(app)
 demo.add_to(app)

@@ -60,22 +60,13 @@ def inspect(
     with errors_for_people(as_json):
         from router.artifacts import ArtifactReader
         from router.catalog import ARTIFACTS_FOLDER, CatalogReader
-        from router.errors import NoPromptError, TaskNotFoundError
-        from router.tasks import TaskKey
+        from trainer.cli.chosen_task import prompted_record
 
         folder = home_folder(home)
+        record, prompt = prompted_record(folder, name, revision)
         with CatalogReader(folder) as catalog:
-            history = catalog.history(name)
-            if not history:
-                raise TaskNotFoundError("task", name, "list the tasks with `promptyard list`")
-            chosen = revision or history[-1][1] or catalog.newest_record(name)
-            record = catalog.record(TaskKey(name, chosen))
             live = catalog.live(catalog.newest_revision())
             others = [catalog.record(key) for key in live if key.name != name]
-        if record.prompt is None:
-            raise NoPromptError(
-                "task", record.key, "it is only routed to; register it with --revise for a prompt"
-            )
 
         from trainer.inspection import inspect_prompt
 
@@ -83,13 +74,13 @@ def inspect(
             ArtifactReader(folder / ARTIFACTS_FOLDER),
             record,
             others,
-            _base_model(base_model, record.prompt),
+            _base_model(base_model, prompt),
             near,
         )
         if as_json:
-            print_json(_document(record, record.prompt, found))
+            print_json(_document(record, prompt, found))
         else:
-            _show(record, record.prompt, found)
+            _show(record, prompt, found)
 
 
 def sparkline(values: Sequence[float], width: int = _MOST_BARS) -> str:

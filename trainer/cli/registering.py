@@ -64,6 +64,14 @@ def register(
     manifest: Annotated[
         Path | None, typer.Option(help="A YAML file that lists several tasks, tuned together.")
     ] = None,
+    prompt_from: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Take the prompt of this PEFT folder (prompt tuning; of a causal model, prefix "
+            "tuning too) instead of tuning one.",
+        ),
+    ] = None,
     description: Annotated[str, typer.Option(help="What the task is, for people.")] = "",
     instruction: Annotated[
         str, typer.Option(help="What the model should do. The soft prompt starts from it.")
@@ -159,6 +167,7 @@ def register(
                     drop_duplicates=drop_duplicates,
                     revise=revise,
                     force=force,
+                    prompt_from=prompt_from,
                 )
             ]
         result = _register(

@@ -97,15 +97,12 @@ def show(
     """Show everything that the catalog knows of a task."""
     with errors_for_people(as_json):
         from router.catalog import CatalogReader
-        from router.errors import TaskNotFoundError
-        from router.tasks import TaskKey
+        from trainer.cli.chosen_task import chosen_record
 
         with CatalogReader(home_folder(home)) as catalog:
+            record = chosen_record(catalog, name, revision)
             history = catalog.history(name)
-            if not history:
-                raise TaskNotFoundError("task", name, "list the tasks with `promptyard list`")
             live = history[-1][1]
-            record = catalog.record(TaskKey(name, revision or live or catalog.newest_record(name)))
             head = catalog.revision(catalog.newest_revision())
         document = {
             **asdict(record),
