@@ -34,6 +34,7 @@ NAMES_TORCH_MODEL = (
     "trainer/tuning.py",
     "trainer/prompt_quality.py",
     "trainer/initialisation.py",
+    "trainer/base_facts.py",
     "trainer/example_prompt.py",
     "trainer/inspection.py",
     "trainer/peft_exchange.py",

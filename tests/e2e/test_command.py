@@ -30,6 +30,7 @@ TASKS = {
 COMMANDS = [
     *("register", "list", "show", "retire", "restore", "rollback", "serve", "route", "generate"),
     *("inspect", "export", "status", "token", "demo"),
+    *("base show", "base check"),
     *("evaluate routing", "evaluate answers", "evaluate stream"),
 ]
 

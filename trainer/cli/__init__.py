@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from trainer.cli import (
+    base_models,
     comparing,
     demo,
     evaluation,
@@ -57,6 +58,7 @@ serving.add_to(app)
 demo.add_to(app)
 comparing.add_to(evaluation.app)
 app.add_typer(evaluation.app, name="evaluate")
+app.add_typer(base_models.app, name="base")
 
 
 def main() -> None:
