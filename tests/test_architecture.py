@@ -36,9 +36,11 @@ NAMES_TORCH_MODEL = (
     "trainer/initialisation.py",
     "trainer/base_facts.py",
     "trainer/example_prompt.py",
+    "trainer/gradients.py",
     "trainer/inspection.py",
     "trainer/peft_exchange.py",
     "trainer/prompt_import.py",
+    "trainer/prompt_parameters.py",
 )
 
 

@@ -9,6 +9,11 @@ from typing import Literal
 from trainer.data import Fields
 
 Initialisation = Literal["examples", "text", "vocabulary", "random"]
+# What of a prompt gradient descent moves: itself, or P + MLP(P), folded away afterwards.
+Reparametrisation = Literal["none", "residual"]
+# How the learning rate goes on after its rise.
+Schedule = Literal["cosine", "linear", "constant"]
+GradientPrecision = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True, slots=True)

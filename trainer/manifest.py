@@ -4,11 +4,14 @@ tasks:
   - name: review-sentiment
     data: review-sentiment.jsonl      # relative to the manifest
     instruction: Is the review positive or negative?
+tuning:                               # optional, and the same for all: fields of TuningSettings
+  length: 40
+  clip_norm: 1.0
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from router.errors import InvalidInputError
@@ -39,6 +42,19 @@ def read_manifest(path: Path) -> list[RegisterTask]:
     requests = [_request(path, number, entry) for number, entry in enumerate(entries, start=1)]
     _check_names(path, requests)
     return requests
+
+
+def read_tuning(path: Path) -> Mapping[str, object]:
+    """What a manifest says of tuning, unchecked: see `trainer.tuning_options`.
+
+    Raises:
+        InvalidInputError: it is no mapping.
+    """
+    document = read_yaml(path, _MOST_MIB)
+    tuning = document.get("tuning", {}) if isinstance(document, dict) else {}
+    if not isinstance(tuning, dict) or not all(isinstance(key, str) for key in tuning):
+        raise InvalidInputError(f"{path}: tuning", tuning, "give a mapping of settings")
+    return tuning
 
 
 def _check_names(path: Path, requests: Sequence[RegisterTask]) -> None:

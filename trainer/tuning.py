@@ -10,34 +10,37 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from router.backends.rows import Row, batches
+from router.backends.rows import Row
 from router.backends.torch_model import TorchLanguageModel
 from router.errors import IncompatibleModelError, InvalidInputError, PromptyardError
 from router.interfaces import LanguageModel
 from router.tasks import PromptMethod
-from trainer.commands import Initialisation
+from trainer.commands import GradientPrecision, Initialisation, Reparametrisation, Schedule
+from trainer.gradients import MicroBatches, TrainingRow
 from trainer.initialisation import initial_prompt
+from trainer.prompt_parameters import PromptParameters
 from trainer.prompt_quality import LabelledRow, Quality, Trial, baseline_scores, measure
 from trainer.tuned_prompt import TunedPrompt, TuningFailure, Validation
 
 # progress(task or "", stage, done, total)
 Progress = Callable[[str, str, int, int], None]
 
-# Keys and values move the answers more than input embeddings do.
-PREFIX_LEARNING_RATE = 0.01
-
+_CHOICES = {
+    "method": PromptMethod,
+    "initialisation": Initialisation,
+    "schedule": Schedule,
+    "reparametrisation": Reparametrisation,
+    "precision": GradientPrecision,
+}
 _BETAS = (0.9, 0.98)
-_MAX_POSITIONS = {"cpu": 2048, "cuda": 32_768}
-# Padding that costs less than the fixed work of one more forward and backward pass.
-_MAX_PADDING = {"cpu": 96, "cuda": 8192}
 _MAX_WARMUP_SHARE = 0.1
 # With more labels, each row is compared with a sample of them: time and memory stay bounded.
 _MAX_OTHER_LABELS = 15
@@ -53,6 +56,13 @@ class TuningSettings:
     over `warmup_steps` (at most a tenth of all steps) and falls to zero along a cosine. The
     validation rows are tried `validations` times, evenly spread; a task stops after `patience` of
     them in a row without a better result, and its best prompt is kept.
+
+    A task is tuned with each of `seeds` seeds from `seed` on, and the best on the validation rows
+    is kept. `schedule` is how the rate falls. `reparametrisation` `residual` tunes P + MLP(P) with
+    that `bottleneck`, and keeps the sum. A task's gradient is cut to the length `clip_norm` (0: it
+    is not), and added up in micro-batches of at most `micro_batch_positions` (0: what suits the
+    device). It is computed in `precision`: `auto` is bfloat16 where the processor multiplies that
+    itself, as GPUs do, and prompts are always kept in float32.
     """
 
     length: int = 20
@@ -65,13 +75,13 @@ class TuningSettings:
     patience: int = 4
     seed: int = 0
     method: PromptMethod = "prompt"
-
-    @classmethod
-    def of_method(cls, method: PromptMethod) -> TuningSettings:
-        """The defaults of a method."""
-        if method == "prefix":
-            return cls(method=method, learning_rate=PREFIX_LEARNING_RATE)
-        return cls(method=method)
+    seeds: int = 1
+    schedule: Schedule = "cosine"
+    reparametrisation: Reparametrisation = "none"
+    bottleneck: int = 64
+    clip_norm: float = 0.0
+    micro_batch_positions: int = 0
+    precision: GradientPrecision = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,26 +121,36 @@ def tune(
     model.prompt_width(settings.method)
     began = time.perf_counter()
     results: dict[str, TunedPrompt | TuningFailure] = {}
-    tasks: list[_Task] = []
+    tasks: dict[str, list[_Task]] = {}
     for job in jobs:
         try:
-            tasks.append(_Task(model, job, settings))
+            first = _Task(model, job, settings)
+            tasks[job.name] = [first] + [
+                _Task(model, job, replace(settings, seed=settings.seed + more), first.baselines)
+                for more in range(1, settings.seeds)
+            ]
         except PromptyardError as error:
             results[job.name] = TuningFailure(
                 job.name, f"{error.field}: {error.value}", error.remedy
             )
     if tasks:
-        _descend(model, tasks, settings, progress)
+        _descend(model, [task for of_job in tasks.values() for task in of_job], settings, progress)
     share = (time.perf_counter() - began) / max(1, len(tasks))
-    for task in tasks:
-        results[task.job.name] = task.result(share)
+    for name, of_job in tasks.items():
+        results[name] = max(of_job, key=lambda task: task.quality).result(share)
     return {job.name: results[job.name] for job in jobs}
 
 
 class _Task:
     """The state of one task while it is tuned."""
 
-    def __init__(self, model: TorchLanguageModel, job: TuningJob, settings: TuningSettings) -> None:
+    def __init__(
+        self,
+        model: TorchLanguageModel,
+        job: TuningJob,
+        settings: TuningSettings,
+        baselines: Mapping[str, float] | None = None,
+    ) -> None:
         for field, rows in (("train", job.train), ("validation", job.validation)):
             if not rows:
                 raise InvalidInputError(f"{field} rows of {job.name}", "none", "give some")
@@ -157,7 +177,7 @@ class _Task:
         # Seeded by its name, so that a task meets the same rows alone and beside others.
         self._random = random.Random(f"{settings.seed}/{job.name}")
         self._schedule = _passes(len(job.train), settings.rows_per_step, self._random)
-        self.prompt = initial_prompt(
+        start = initial_prompt(
             model,
             settings.initialisation,
             settings.length,
@@ -166,8 +186,11 @@ class _Task:
             job.train,
             settings.seed,
             settings.method,
-        ).requires_grad_()
-        self._baselines = baseline_scores(
+        )
+        self.parameters = PromptParameters(
+            start, settings.reparametrisation, settings.bottleneck, settings.seed
+        )
+        self.baselines = baselines or baseline_scores(
             model, job.instruction, job.labels, job.train, job.validation
         )
         self._best: tuple[Quality, Tensor] | None = None
@@ -178,6 +201,11 @@ class _Task:
         self._patience = settings.patience
 
     @property
+    def prompt(self) -> Tensor:
+        """The prompt `[P, W]` as it is now."""
+        return self.parameters.prompt
+
+    @property
     def is_running(self) -> bool:
         """Whether the task takes part in the next step."""
         return not self._failed and self._stale < self._patience
@@ -186,10 +214,14 @@ class _Task:
         """The prompt as it is now, on the validation rows."""
         return Trial(self.prompt.detach(), self.job.labels, self.job.validation, self._method)
 
-    def next_rows(self) -> list[_TrainingRow]:
+    def next_rows(self) -> list[TrainingRow]:
         """The rows of the next step."""
         return [
-            _TrainingRow(self, Row(self.prompt, self._inputs[i], self._method), self._candidates(i))
+            TrainingRow(
+                Row(self.prompt, self._inputs[i], self._method),
+                self._candidates(i),
+                weight=1 / self._settings.rows_per_step,
+            )
             for i in next(self._schedule)
         ]
 
@@ -215,6 +247,13 @@ class _Task:
         else:
             self._stale += 1
 
+    @property
+    def quality(self) -> Quality:
+        """Of the best prompt so far; nothing is worse than that of a task that failed."""
+        if self._failed or self._best is None:
+            return Quality(-math.inf, -math.inf)
+        return self._best[0]
+
     def result(self, seconds: float) -> TunedPrompt | TuningFailure:
         """What became of the task."""
         if self._failed or self._best is None:
@@ -227,7 +266,7 @@ class _Task:
         return TunedPrompt(
             name=self.job.name,
             values=prompt.cpu().numpy().astype(np.float32),
-            scores={"prompt": quality.score, **self._baselines},
+            scores={"prompt": quality.score, **self.baselines},
             validation_loss=-quality.minus_loss,
             losses=tuple(self._losses),
             steps=len(self._losses),
@@ -239,15 +278,6 @@ class _Task:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _TrainingRow:
-    """One row of a step. The first of `candidates` is the right output."""
-
-    task: _Task
-    row: Row
-    candidates: Sequence[tuple[int, ...]]
-
-
 def _descend(
     model: TorchLanguageModel,
     tasks: Sequence[_Task],
@@ -255,9 +285,15 @@ def _descend(
     progress: Progress,
 ) -> None:
     """AdamW over the prompts of all tasks, until each has stopped."""
-    learner = model.copy_for_gradients()
+    learner = model.copy_for_gradients(settings.precision)
+    micro_batches = MicroBatches(
+        learner, settings.micro_batch_positions, lambda said: progress("", said, 1, 1)
+    )
     optimizer = torch.optim.AdamW(
-        [task.prompt for task in tasks], settings.learning_rate, _BETAS, weight_decay=0.0
+        [weights for task in tasks for weights in task.parameters.trained],
+        settings.learning_rate,
+        _BETAS,
+        weight_decay=0.0,
     )
     validate_after = _validation_steps(settings)
     _validate(model, tasks)
@@ -268,44 +304,23 @@ def _descend(
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * _share_of_rate(step, settings)
         optimizer.zero_grad()  # the prompt of a task that has stopped gets no gradient: it rests
-        _accumulate_gradients(learner, [row for task in running for row in task.next_rows()])
+        _add_gradients(micro_batches, running)
+        for task in running:
+            task.parameters.take_gradient(settings.clip_norm)
         optimizer.step()
+        for task in running:
+            task.parameters.follow()
         if step in validate_after:
             _validate(model, [task for task in running if task.is_running])
         progress("", "tune", step + 1, settings.steps)
 
 
-def _accumulate_gradients(model: TorchLanguageModel, rows: Sequence[_TrainingRow]) -> None:
-    """Add the gradient of each task's mean loss to its prompt, in batches of similar length."""
-    of_task = Counter(id(row.task) for row in rows)
-    sums: dict[int, float] = dict.fromkeys(of_task, 0.0)
-    kind = model.device.type
-    for batch in batches(
-        [len(row.row) for row in rows],
-        _MAX_POSITIONS.get(kind, _MAX_POSITIONS["cuda"]),
-        _MAX_PADDING.get(kind, _MAX_PADDING["cuda"]),
-    ):
-        chosen = [rows[i] for i in batch]
-        losses = _losses(model, chosen)
-        shares = losses.new_tensor([1 / of_task[id(row.task)] for row in chosen])
-        torch.autograd.backward((losses * shares).sum())
-        for row, loss in zip(chosen, (losses * shares).tolist(), strict=True):
-            sums[id(row.task)] += loss
-    for task in {id(row.task): row.task for row in rows}.values():
-        task.stepped(sums[id(task)])
-
-
-def _losses(model: TorchLanguageModel, rows: Sequence[_TrainingRow]) -> Tensor:
-    """Loss per row `[B]`: to write the right output, and to prefer it to the other labels.
-
-    The second term is cross-entropy over the labels' scores, which is what answers are chosen by;
-    without it a prompt learns how often labels occur sooner than how to tell them apart. It is
-    zero where the outputs are free text.
-    """
-    scores = model.log_likelihoods([row.row for row in rows], [row.candidates for row in rows])
-    right = torch.stack([of_row[0] for of_row in scores])
-    preferred = torch.stack([of_row.log_softmax(0)[0] for of_row in scores])
-    return -(right + preferred)
+def _add_gradients(batches: MicroBatches, tasks: Sequence[_Task]) -> None:
+    """Add the gradient of each task's mean loss to its prompt."""
+    rows = [task.next_rows() for task in tasks]
+    losses = iter(batches.add([row for of_task in rows for row in of_task]))
+    for task, of_task in zip(tasks, rows, strict=True):
+        task.stepped(sum(next(losses) * row.weight for row in of_task))
 
 
 def _validate(model: TorchLanguageModel, tasks: Sequence[_Task]) -> None:
@@ -316,7 +331,12 @@ def _validate(model: TorchLanguageModel, tasks: Sequence[_Task]) -> None:
 
 def _share_of_rate(step: int, settings: TuningSettings) -> float:
     warmup = min(settings.warmup_steps, math.ceil(settings.steps * _MAX_WARMUP_SHARE))
-    decay = 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+    done = step / settings.steps
+    decay = {
+        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+        "linear": 1 - done,
+        "constant": 1.0,
+    }[settings.schedule]
     return min(1.0, (step + 1) / warmup) * decay if warmup else decay
 
 
@@ -338,23 +358,21 @@ def _passes(rows: int, per_step: int, generator: random.Random) -> Iterator[list
 
 
 def _check(jobs: Sequence[TuningJob], settings: TuningSettings) -> None:
-    for field in ("length", "steps", "rows_per_step", "validations", "patience"):
+    for field in (
+        *("length", "steps", "rows_per_step", "validations", "patience", "seeds", "bottleneck"),
+    ):
         if getattr(settings, field) < 1:
             raise InvalidInputError(field, getattr(settings, field), "give at least 1")
     if not 0 < settings.learning_rate < math.inf:
         raise InvalidInputError("learning rate", settings.learning_rate, "give a positive number")
-    if settings.method not in get_args(PromptMethod):
-        raise InvalidInputError(
-            "method", settings.method, f"choose one of {', '.join(get_args(PromptMethod))}"
-        )
-    if settings.initialisation not in get_args(Initialisation):
-        raise InvalidInputError(
-            "initialisation",
-            settings.initialisation,
-            f"choose one of {', '.join(get_args(Initialisation))}",
-        )
-    if settings.warmup_steps < 0:
-        raise InvalidInputError("warm-up steps", settings.warmup_steps, "give 0 or more")
+    for field, choices in _CHOICES.items():
+        if getattr(settings, field) not in get_args(choices):
+            raise InvalidInputError(
+                field, getattr(settings, field), f"choose one of {', '.join(get_args(choices))}"
+            )
+    for field in ("warmup_steps", "clip_norm", "micro_batch_positions"):
+        if not 0 <= getattr(settings, field) < math.inf:
+            raise InvalidInputError(field, getattr(settings, field), "give 0 or more")
     repeated = [name for name, count in Counter(job.name for job in jobs).items() if count > 1]
     if repeated:
         raise InvalidInputError("task name", repeated[0], "name every task once")

@@ -155,17 +155,23 @@ class PromptedNetwork(ABC):
             InvalidInputError: more tokens than the model can write.
         """
 
-    def copy_for_gradients(self) -> Self:
-        """The model to compute gradients with: on some CPUs a faster copy in bfloat16.
+    def copy_for_gradients(self, precision: str = "auto") -> Self:
+        """The model to compute gradients with, in `float32` or `bfloat16`; this one if it is that.
 
-        Where the CPU multiplies bfloat16 itself, a step takes about half the time of float32; the
-        attention is then plain matrix products, for which torch's fused kernel is slow. Elsewhere
-        it is this model.
+        `auto` is bfloat16 where a CPU multiplies it itself, where a step then takes about half the
+        time of float32; the attention is then plain matrix products, for which torch's fused kernel
+        is slow. Elsewhere it is this model as it was loaded.
         """
-        if self.device.type != "cpu" or not cpu_multiplies_bfloat16():
+        if precision == "auto":
+            faster = self.device.type == "cpu" and cpu_multiplies_bfloat16()
+            dtype = torch.bfloat16 if faster else self.embedding.dtype
+        else:
+            dtype = torch.float32 if precision == "float32" else torch.bfloat16
+        if dtype == self.embedding.dtype:
             return self
-        network = copy.deepcopy(self.network).to(torch.bfloat16)
-        network.set_attn_implementation("eager")
+        network = copy.deepcopy(self.network).to(dtype)
+        if self.device.type == "cpu" and dtype == torch.bfloat16:
+            network.set_attn_implementation("eager")
         return type(self)(network, self.tokenizer, name=self.name, fingerprint=self.fingerprint)
 
     def tokenize_inputs(

@@ -95,13 +95,28 @@ class TorchLanguageModel(PromptedNetwork):
         scores: list[FloatArray] = [np.zeros(0, np.float32) for _ in rows]
         lengths = [len(row) for row in rows]
         for batch in batches(lengths, _MAX_BATCH_POSITIONS, _MAX_BATCH_PADDING):
-            with torch.no_grad(), self._one_batch_at_a_time:
-                found = self.log_likelihoods(
-                    [rows[i] for i in batch], [candidates[i] for i in batch]
-                )
+            found = self._score_batch([rows[i] for i in batch], [candidates[i] for i in batch])
             for i, values in zip(batch, found, strict=True):
-                scores[i] = values.cpu().numpy()
+                scores[i] = values
         return scores
+
+    def _score_batch(
+        self, rows: Sequence[Row], candidates: Sequence[Sequence[Sequence[int]]]
+    ) -> list[FloatArray]:
+        """The scores of one batch, or of its halves where the device's memory is full."""
+        try:
+            with torch.no_grad(), self._one_batch_at_a_time:
+                return [found.cpu().numpy() for found in self.log_likelihoods(rows, candidates)]
+        except torch.OutOfMemoryError:
+            if len(rows) == 1:
+                raise
+        # Outside of the handler, whose traceback keeps the tensors of the failed pass alive.
+        torch.cuda.empty_cache()
+        half = len(rows) // 2
+        return [
+            *self._score_batch(rows[:half], candidates[:half]),
+            *self._score_batch(rows[half:], candidates[half:]),
+        ]
 
     def log_likelihoods(
         self, rows: Sequence[Row], candidates: Sequence[Sequence[Sequence[int]]]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -48,7 +48,8 @@ class _Tuning:
     learning_rate: float | None
     initialisation: Initialisation | None
     seed: int | None
-    method: PromptMethod
+    seeds: int | None
+    method: PromptMethod | None
 
 
 def add_to(app: typer.Typer) -> None:
@@ -62,7 +63,11 @@ def register(
         Path | None, typer.Option(help="Labelled rows: .jsonl, .jsonl.gz, .csv or .parquet.")
     ] = None,
     manifest: Annotated[
-        Path | None, typer.Option(help="A YAML file that lists several tasks, tuned together.")
+        Path | None,
+        typer.Option(
+            help="A YAML file that lists several tasks, tuned together; its key `tuning` may hold "
+            "any setting of docs/prompts.md."
+        ),
     ] = None,
     prompt_from: Annotated[
         Path | None,
@@ -107,18 +112,22 @@ def register(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Tuning steps at most.")] = None,
     method: Annotated[
-        PromptMethod,
+        PromptMethod | None,
         typer.Option(
             help="prompt: vectors before the input (the smallest). prefix: keys and values for "
             "every layer of the base model, where it allows that."
         ),
-    ] = "prompt",
+    ] = None,
     length: Annotated[int | None, typer.Option(help="Virtual tokens of the prompt.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of the tuning.")] = None,
     initialisation: Annotated[
         Initialisation | None, typer.Option(help="What the soft prompt starts from.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the tuning.")] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(help="Tune with so many seeds, and keep the best on the validation rows."),
+    ] = None,
     head: Annotated[
         str | None, typer.Option(help="Set the catalog's head: lda or nearest-mean.")
     ] = None,
@@ -142,7 +151,7 @@ def register(
     with errors_for_people(as_json):
         from trainer.commands import PolicyChange, RegisterTask
         from trainer.data import Fields
-        from trainer.manifest import read_manifest
+        from trainer.manifest import read_manifest, read_tuning
 
         if (manifest is None) == (name is None):
             raise InvalidInputError(
@@ -152,7 +161,9 @@ def register(
             )
         if manifest is not None:
             requests: Sequence[RegisterTask] = read_manifest(manifest)
+            in_manifest = read_tuning(manifest)
         else:
+            in_manifest = {}
             if data is None or name is None:
                 raise InvalidInputError("--data", "missing", "give a file of labelled rows")
             requests = [
@@ -176,7 +187,8 @@ def register(
             base_model,
             requests,
             PolicyChange(head=head, false_reject_rate=false_reject_rate),
-            _Tuning(steps, length, learning_rate, initialisation, seed, method),
+            in_manifest,
+            _Tuning(steps, length, learning_rate, initialisation, seed, seeds, method),
             gate_limit,
         )
         _print_registered(result, as_json)
@@ -188,6 +200,7 @@ def _register(
     base_model: str | None,
     requests: Sequence[RegisterTask],
     change: PolicyChange,
+    in_manifest: Mapping[str, object],
     tuning: _Tuning,
     gate_limit: float | None,
 ) -> Registered:
@@ -202,11 +215,11 @@ def _register(
     from router.bootstrap import load_base_model, load_encoder
     from trainer.gate import DEFAULT_GATE_LIMIT
     from trainer.register import register as register_tasks
-    from trainer.tuning import TuningSettings
+    from trainer.tuning_options import tuning_settings
     from trainer.workshop import Workshop
 
-    given = {key: value for key, value in asdict(tuning).items() if value is not None}
-    settings = replace(TuningSettings.of_method(tuning.method), **given)
+    flags = {key: value for key, value in asdict(tuning).items() if value is not None}
+    settings = tuning_settings({**in_manifest, **flags})
     wants_prompts = any(request.with_prompt for request in requests)
     with Workshop(folder, load_encoder(encoder)) as workshop:
         model = load_base_model(base_model) if wants_prompts else None
