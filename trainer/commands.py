@@ -8,7 +8,7 @@ from typing import Literal
 
 from trainer.data import Fields
 
-Initialisation = Literal["examples", "text", "vocabulary", "random"]
+Initialisation = Literal["best", "nearest", "examples", "text", "vocabulary", "random"]
 # What of a prompt gradient descent moves: itself, or P + MLP(P), folded away afterwards.
 Reparametrisation = Literal["none", "residual"]
 # How the learning rate goes on after its rise.

@@ -26,6 +26,8 @@ from trainer.clustering import cluster
 from trainer.commands import PolicyChange, RegisterTask
 from trainer.data import Example, LabelledFile, closed_outputs, read_labelled, split, summarise
 from trainer.gate import DEFAULT_GATE_LIMIT, InterferenceError
+from trainer.initialisation import Start
+from trainer.nearest_prompts import nearest_prompts
 from trainer.prompt_import import import_prompt
 from trainer.tuned_prompt import TunedPrompt, TuningFailure, training_curve
 from trainer.tuning import TuningJob, TuningSettings, tune
@@ -75,7 +77,7 @@ def register(
     workshop.policy(change)
     failures: dict[str, PromptyardError] = {}
     prepared = list(_each(requests, lambda request: prepare(workshop, request), failures))
-    prompts = _tune(prepared, base_model, settings, failures, progress)
+    prompts = _tune(workshop, prepared, base_model, settings, failures, progress)
     records = []
     for task in prepared:
         if task.request.name in failures:
@@ -201,6 +203,7 @@ def _each(
 
 
 def _tune(
+    workshop: Workshop,
     prepared: Sequence[Prepared],
     base_model: LanguageModel | None,
     settings: TuningSettings,
@@ -221,6 +224,7 @@ def _tune(
             labels=task.outputs,
             train=tuple((example.input, example.output) for example in task.train),
             validation=tuple((example.input, example.output) for example in task.validation),
+            starts=_starts(workshop, task, base_model, settings),
         )
         for task in wanted
     ]
@@ -242,6 +246,15 @@ def _tune(
         else:
             prompts[name] = result
     return prompts
+
+
+def _starts(
+    workshop: Workshop, task: Prepared, model: LanguageModel, settings: TuningSettings
+) -> tuple[Start, ...]:
+    if task.request.prompt_from is not None or settings.initialisation not in ("best", "nearest"):
+        return ()
+    texts = [example.input for example in task.train]
+    return nearest_prompts(workshop, texts, model, settings.method)
 
 
 def _store(

@@ -25,7 +25,7 @@ from router.interfaces import LanguageModel
 from router.tasks import PromptMethod
 from trainer.commands import GradientPrecision, Initialisation, Reparametrisation, Schedule
 from trainer.gradients import MicroBatches, TrainingRow
-from trainer.initialisation import initial_prompt
+from trainer.initialisation import Start, choose_start
 from trainer.prompt_parameters import PromptParameters
 from trainer.prompt_quality import LabelledRow, Quality, Trial, baseline_scores, measure
 from trainer.tuned_prompt import TunedPrompt, TuningFailure, Validation
@@ -88,7 +88,8 @@ class TuningSettings:
 class TuningJob:
     """A task to tune a prompt for: rows are (input, output).
 
-    `labels` is the closed set of outputs, or None where the outputs are free text.
+    `labels` is the closed set of outputs, or None where the outputs are free text. `starts` are
+    prompts that `nearest` and `best` may start from.
     """
 
     name: str
@@ -96,6 +97,7 @@ class TuningJob:
     labels: tuple[str, ...] | None
     train: Sequence[LabelledRow]
     validation: Sequence[LabelledRow]
+    starts: tuple[Start, ...] = ()
 
 
 def tune(
@@ -177,15 +179,14 @@ class _Task:
         # Seeded by its name, so that a task meets the same rows alone and beside others.
         self._random = random.Random(f"{settings.seed}/{job.name}")
         self._schedule = _passes(len(job.train), settings.rows_per_step, self._random)
-        start = initial_prompt(
+        self._started_from, start = choose_start(
             model,
             settings.initialisation,
+            job,
             settings.length,
-            job.instruction,
-            job.labels,
-            job.train,
             settings.seed,
             settings.method,
+            job.starts,
         )
         self.parameters = PromptParameters(
             start, settings.reparametrisation, settings.bottleneck, settings.seed
@@ -273,7 +274,7 @@ class _Task:
             seconds=seconds,
             method=self._method,
             layers=self._layers,
-            settings=asdict(self._settings),
+            settings={**asdict(self._settings), "started_from": self._started_from},
             validations=tuple(self._validations),
         )
 

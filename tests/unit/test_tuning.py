@@ -559,7 +559,7 @@ def test_gradients_are_computed_in_the_precision_that_was_asked_for(
 
 def test_settings_by_name_keep_what_suits_the_method() -> None:
     assert tuning_settings({}) == TuningSettings()
-    assert tuning_settings({"method": "prefix"}).learning_rate != TuningSettings().learning_rate
+    assert tuning_settings({"method": "prefix"}).learning_rate == 0.03
     given = tuning_settings({"method": "prefix", "learning_rate": 1, "clip_norm": 0.5})
     assert (given.learning_rate, given.clip_norm, given.method) == (1, 0.5, "prefix")
 

@@ -127,6 +127,7 @@ def _lineage(record: TaskRecord, prompt: PromptSummary) -> dict[str, object]:
         "data": record.data.sha256,
         "rows": f"{record.data.train_rows} to tune, {record.data.validation_rows} to validate",
         "initialisation": prompt.settings.get("initialisation", "not recorded"),
+        "started from": prompt.settings.get("started_from", "not recorded"),
         "seed": prompt.settings.get("seed", "not recorded"),
         "base model": f"{prompt.base_model_name} {prompt.base_model}",
         "encoder": record.encoder,
