@@ -35,6 +35,7 @@ NAMES_TORCH_MODEL = (
     "trainer/prompt_quality.py",
     "trainer/initialisation.py",
     "trainer/base_facts.py",
+    "trainer/checkpoint.py",
     "trainer/example_prompt.py",
     "trainer/gradients.py",
     "trainer/inspection.py",

@@ -22,6 +22,7 @@ from router.statistics import to_fixed_point
 from router.tasks import PromptSummary, TaskRecord, check_task_name
 from trainer.admission import Registered, SuspectInput, next_revision
 from trainer.catalog_writer import now
+from trainer.checkpoint import DEFAULT_SECONDS, Checkpoints
 from trainer.clustering import cluster
 from trainer.commands import PolicyChange, RegisterTask
 from trainer.data import Example, LabelledFile, closed_outputs, read_labelled, split, summarise
@@ -35,6 +36,7 @@ from trainer.workshop import Published, Workshop
 
 MIN_ROWS_FOR_ROUTING = 2
 MIN_ROWS_FOR_PROMPT = 8
+CHECKPOINTS_FOLDER = "checkpoints"
 _EMBED_ROWS = 256
 # What the bits of a tuned prompt may depend on.
 _VERSIONED = ("promptyard", "torch", "transformers")
@@ -63,12 +65,16 @@ def register(
     change: PolicyChange | None = None,
     progress: Progress = lambda *_: None,
     gate_limit: float = DEFAULT_GATE_LIMIT,
+    checkpoint_seconds: float = DEFAULT_SECONDS,
 ) -> Registered:
     """Register tasks and publish those that succeed, all of them in one catalog revision.
 
     A failure of one task leaves the others. `base_model` may be None where no request wants a
     prompt. A task that takes more than `gate_limit` of the held-out rows of an old one is refused,
     unless it is forced.
+
+    The state of tuning is kept in the home every `checkpoint_seconds`: the same call after a kill
+    goes on from there, and comes to the same prompts.
 
     Raises:
         PromptyardError: nothing could be registered for a reason that no single task has.
@@ -77,7 +83,8 @@ def register(
     workshop.policy(change)
     failures: dict[str, PromptyardError] = {}
     prepared = list(_each(requests, lambda request: prepare(workshop, request), failures))
-    prompts = _tune(workshop, prepared, base_model, settings, failures, progress)
+    checkpoints = Checkpoints(workshop.home / CHECKPOINTS_FOLDER, checkpoint_seconds)
+    prompts = _tune(workshop, prepared, base_model, settings, failures, progress, checkpoints)
     records = []
     for task in prepared:
         if task.request.name in failures:
@@ -92,6 +99,7 @@ def register(
     progress("", "publish", 0, 1)
     published, published_records = _publish(workshop, records, change, gate_limit, failures)
     progress("", "publish", 1, 1)
+    checkpoints.remove()
     return Registered(published_records, failures, published, _suspects(prepared, published))
 
 
@@ -209,6 +217,7 @@ def _tune(
     settings: TuningSettings,
     failures: dict[str, PromptyardError],
     progress: Progress,
+    checkpoints: Checkpoints,
 ) -> dict[str, TunedPrompt]:
     wanted = [
         task for task in prepared if task.request.with_prompt and task.request.name not in failures
@@ -240,7 +249,7 @@ def _tune(
     jobs = [job for job in jobs if folders[job.name] is None]
     if not jobs:
         return prompts
-    for name, result in tune(base_model, jobs, settings, progress).items():
+    for name, result in tune(base_model, jobs, settings, progress, checkpoints).items():
         if isinstance(result, TuningFailure):
             failures[name] = RefusedError(f"prompt of {name}", result.reason, result.remedy)
         else:

@@ -6,13 +6,15 @@ task's rows, schedule and gradient are the same whether it is tuned alone or bes
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import get_args
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, replace
+from importlib.metadata import version
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -23,11 +25,13 @@ from router.backends.torch_model import TorchLanguageModel
 from router.errors import IncompatibleModelError, InvalidInputError, PromptyardError
 from router.interfaces import LanguageModel
 from router.tasks import PromptMethod
+from trainer.checkpoint import Checkpoints, resume, state_of
 from trainer.commands import GradientPrecision, Initialisation, Reparametrisation, Schedule
 from trainer.gradients import MicroBatches, TrainingRow
 from trainer.initialisation import Start, choose_start
 from trainer.prompt_parameters import PromptParameters
 from trainer.prompt_quality import LabelledRow, Quality, Trial, baseline_scores, measure
+from trainer.schedule import passes, share_of_rate, validation_steps
 from trainer.tuned_prompt import TunedPrompt, TuningFailure, Validation
 
 # progress(task or "", stage, done, total)
@@ -41,7 +45,6 @@ _CHOICES = {
     "precision": GradientPrecision,
 }
 _BETAS = (0.9, 0.98)
-_MAX_WARMUP_SHARE = 0.1
 # With more labels, each row is compared with a sample of them: time and memory stay bounded.
 _MAX_OTHER_LABELS = 15
 
@@ -99,16 +102,26 @@ class TuningJob:
     validation: Sequence[LabelledRow]
     starts: tuple[Start, ...] = ()
 
+    @property
+    def identity(self) -> list[object]:
+        """What its result depends on, as values of JSON."""
+        starts = [hashlib.sha256(start.values.tobytes()).hexdigest() for start in self.starts]
+        return [
+            *(self.name, self.instruction, self.labels, starts),
+            *(list(map(list, self.train)), list(map(list, self.validation))),
+        ]
+
 
 def tune(
     model: LanguageModel,
     jobs: Sequence[TuningJob],
     settings: TuningSettings = TuningSettings(),
     progress: Progress = lambda *_: None,
+    checkpoints: Checkpoints | None = None,
 ) -> dict[str, TunedPrompt | TuningFailure]:
     """Tune a soft prompt for every job, all of them together; the results are by job name.
 
-    Deterministic for a seed on the same kind of processor.
+    Deterministic for a seed on the same kind of processor, also where it goes on from a checkpoint.
 
     Raises:
         InvalidInputError: settings that cannot be used, or two jobs of one name.
@@ -136,7 +149,13 @@ def tune(
                 job.name, f"{error.field}: {error.value}", error.remedy
             )
     if tasks:
-        _descend(model, [task for of_job in tasks.values() for task in of_job], settings, progress)
+        _descend(
+            model,
+            [task for of_job in tasks.values() for task in of_job],
+            settings,
+            progress,
+            checkpoints,
+        )
     share = (time.perf_counter() - began) / max(1, len(tasks))
     for name, of_job in tasks.items():
         results[name] = max(of_job, key=lambda task: task.quality).result(share)
@@ -162,6 +181,7 @@ class _Task:
                     f"{field} rows of {job.name}", min(strangers), "use one of the labels"
                 )
         self.job = job
+        self.seed = settings.seed
         self._settings = settings
         self._method = settings.method
         self._layers = model.prefix_shape.layers if settings.method == "prefix" else 0
@@ -178,7 +198,7 @@ class _Task:
         self._inputs = [text.ids for text in tokens]
         # Seeded by its name, so that a task meets the same rows alone and beside others.
         self._random = random.Random(f"{settings.seed}/{job.name}")
-        self._schedule = _passes(len(job.train), settings.rows_per_step, self._random)
+        self._schedule = passes(len(job.train), settings.rows_per_step, self._random)
         self._started_from, start = choose_start(
             model,
             settings.initialisation,
@@ -248,6 +268,37 @@ class _Task:
         else:
             self._stale += 1
 
+    def values(self) -> dict[str, Any]:
+        """What has changed since it was made, apart from tensors: see `restore`."""
+        return {
+            "losses": self._losses,
+            "validations": [asdict(validation) for validation in self._validations],
+            "best": None if self._best is None else astuple(self._best[0]),
+            "stale": self._stale,
+            "failed": self._failed,
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that have changed."""
+        best = {} if self._best is None else {"best": self._best[1]}
+        trained = {str(n): weights for n, weights in enumerate(self.parameters.trained)}
+        return {**best, **trained}
+
+    def restore(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Make a new task what the one was that gave `values` and `tensors`."""
+        for _ in values["losses"]:
+            self.next_rows()  # the same draws as then, so that the next ones are the same too
+        self._losses = list(values["losses"])
+        self._validations = [Validation(**validation) for validation in values["validations"]]
+        self._stale, self._failed = values["stale"], values["failed"]
+        if values["best"] is not None:
+            best = tensors["best"].to(self.prompt.device)
+            self._best = (Quality(*values["best"]), best)
+        with torch.no_grad():
+            for number, weights in enumerate(self.parameters.trained):
+                weights.copy_(tensors[str(number)])
+        self.parameters.follow()
+
     @property
     def quality(self) -> Quality:
         """Of the best prompt so far; nothing is worse than that of a task that failed."""
@@ -284,6 +335,7 @@ def _descend(
     tasks: Sequence[_Task],
     settings: TuningSettings,
     progress: Progress,
+    checkpoints: Checkpoints | None,
 ) -> None:
     """AdamW over the prompts of all tasks, until each has stopped."""
     learner = model.copy_for_gradients(settings.precision)
@@ -296,14 +348,22 @@ def _descend(
         _BETAS,
         weight_decay=0.0,
     )
-    validate_after = _validation_steps(settings)
-    _validate(model, tasks)
-    for step in range(settings.steps):
+    validate_after = validation_steps(settings.steps, settings.validations)
+    first = 0
+    if checkpoints is not None:
+        first = resume(checkpoints, _identity(model, tasks, settings), tasks, optimizer)
+    if first:
+        progress("", f"going on after step {first}, where it was cut short", 1, 1)
+    else:
+        _validate(model, tasks)
+    for step in range(first, settings.steps):
         running = [task for task in tasks if task.is_running]
         if not running:
             break
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * _share_of_rate(step, settings)
+            group["lr"] = settings.learning_rate * share_of_rate(
+                step, settings.steps, settings.warmup_steps, settings.schedule
+            )
         optimizer.zero_grad()  # the prompt of a task that has stopped gets no gradient: it rests
         _add_gradients(micro_batches, running)
         for task in running:
@@ -313,7 +373,22 @@ def _descend(
             task.parameters.follow()
         if step in validate_after:
             _validate(model, [task for task in running if task.is_running])
+        if checkpoints is not None and checkpoints.is_due:
+            checkpoints.write(state_of(tasks, optimizer, step + 1))
         progress("", "tune", step + 1, settings.steps)
+
+
+def _identity(
+    model: TorchLanguageModel, tasks: Sequence[_Task], settings: TuningSettings
+) -> dict[str, object]:
+    """What the prompts depend on, as values of JSON."""
+    return {
+        "base_model": model.fingerprint,
+        "device": model.device.type,
+        "settings": asdict(settings),
+        "versions": [version(name) for name in ("promptyard", "torch", "transformers")],
+        "tasks": [[task.job.identity, task.seed] for task in tasks],
+    }
 
 
 def _add_gradients(batches: MicroBatches, tasks: Sequence[_Task]) -> None:
@@ -328,34 +403,6 @@ def _validate(model: TorchLanguageModel, tasks: Sequence[_Task]) -> None:
     qualities = measure(model, [task.trial() for task in tasks])
     for task, quality in zip(tasks, qualities, strict=True):
         task.validated(quality)
-
-
-def _share_of_rate(step: int, settings: TuningSettings) -> float:
-    warmup = min(settings.warmup_steps, math.ceil(settings.steps * _MAX_WARMUP_SHARE))
-    done = step / settings.steps
-    decay = {
-        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
-        "linear": 1 - done,
-        "constant": 1.0,
-    }[settings.schedule]
-    return min(1.0, (step + 1) / warmup) * decay if warmup else decay
-
-
-def _validation_steps(settings: TuningSettings) -> set[int]:
-    count = min(settings.validations, settings.steps)
-    return {round(settings.steps * (k + 1) / count) - 1 for k in range(count)}
-
-
-def _passes(rows: int, per_step: int, generator: random.Random) -> Iterator[list[int]]:
-    """Row numbers for each step: pass after pass through all rows, each in a new order."""
-    waiting: list[int] = []
-    while True:
-        while len(waiting) < per_step:
-            order = list(range(rows))
-            generator.shuffle(order)
-            waiting += order
-        yield waiting[:per_step]
-        waiting = waiting[per_step:]
 
 
 def _check(jobs: Sequence[TuningJob], settings: TuningSettings) -> None:

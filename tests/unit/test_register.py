@@ -372,7 +372,7 @@ class Tuner:
         self.results: dict[str, TunedPrompt | TuningFailure] = {}
         self.jobs: list[object] = []
 
-    def __call__(self, model, jobs, settings, progress):
+    def __call__(self, model, jobs, settings, progress, checkpoints):
         self.jobs += jobs
         return {
             job.name: replace(result, settings=asdict(settings))

@@ -128,6 +128,13 @@ def register(
         int | None,
         typer.Option(help="Tune with so many seeds, and keep the best on the validation rows."),
     ] = None,
+    checkpoint_seconds: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Keep the state of tuning so often: the same command after a kill goes on there.",
+        ),
+    ] = 60.0,
     head: Annotated[
         str | None, typer.Option(help="Set the catalog's head: lda or nearest-mean.")
     ] = None,
@@ -190,6 +197,7 @@ def register(
             in_manifest,
             _Tuning(steps, length, learning_rate, initialisation, seed, seeds, method),
             gate_limit,
+            checkpoint_seconds,
         )
         _print_registered(result, as_json)
 
@@ -203,6 +211,7 @@ def _register(
     in_manifest: Mapping[str, object],
     tuning: _Tuning,
     gate_limit: float | None,
+    checkpoint_seconds: float,
 ) -> Registered:
     from trainer.admission import Registered, check_writable, refused_at_once
 
@@ -232,6 +241,7 @@ def _register(
                 change,
                 progress,
                 DEFAULT_GATE_LIMIT if gate_limit is None else gate_limit,
+                checkpoint_seconds,
             )
 
 
