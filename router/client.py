@@ -23,7 +23,7 @@ from router.v1 import task_pb2
 from router.v1 import task_service_pb2 as task_messages
 from router.v1.router_service_pb2_grpc import RouterServiceStub
 from router.v1.task_service_pb2_grpc import TaskServiceStub
-from router.wire import answer_value, decision_value
+from router.wire import answer_value, decision_value, prompt_method_value
 
 Response = TypeVar("Response")
 
@@ -196,7 +196,7 @@ class RouterClient:
                 yield answer_value(response)
 
     def get_soft_prompt(self, task: str) -> SoftPrompt:
-        """The task's soft prompt `[P, H]`, its bytes checked against the digest."""
+        """The task's soft prompt `[P, W]`, its bytes checked against the digest."""
         import numpy as np
 
         with _router_errors():
@@ -211,8 +211,11 @@ class RouterClient:
         tensor = b"".join(part.chunk for part in parts[1:])
         if hashlib.sha256(tensor).hexdigest() != description.sha256:
             raise RouterError("DATA_LOSS", f"the prompt of {task} arrived damaged; try again")
-        values = np.frombuffer(tensor, "<f4").astype(np.float32).reshape(*description.shape)
-        return SoftPrompt(values, description.base_model)
+        tokens, *shape = description.shape
+        values = np.frombuffer(tensor, "<f4").astype(np.float32).reshape(tokens, -1)
+        method = prompt_method_value(description.method)
+        layers = int(shape[0]) if method == "prefix" else 0
+        return SoftPrompt(values, description.base_model, method, layers)
 
     def status(self) -> messages.GetStatusResponse:
         """What is being served."""

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router.decision import Decision
+from router.tasks import PromptMethod
 
 FloatArray = NDArray[np.float32]
 
@@ -51,10 +52,11 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PromptedInput:
-    """One row for the base model: a text and the soft prompt `[P, H]` in front of it (or none)."""
+    """One row for the base model: a text and the soft prompt `[P, W]` in front of it (or none)."""
 
     text: str
     prompt: FloatArray | None
+    method: PromptMethod = "prompt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,10 @@ class Scores:
 
 
 class LanguageModel(Protocol):
-    """A frozen base model. Rows of one batch may carry different prompts of different lengths."""
+    """A frozen base model.
+
+    Rows of one batch may carry different prompts of different methods and lengths.
+    """
 
     @property
     def name(self) -> str:
@@ -99,7 +104,7 @@ class LanguageModel(Protocol):
 
     @property
     def hidden_size(self) -> int:
-        """H, the width of a soft prompt."""
+        """H, the width of a soft prompt of the method `prompt`."""
 
     def score(
         self, inputs: Sequence[PromptedInput], outputs: Sequence[Sequence[str]]

@@ -20,11 +20,13 @@ from router.head import Head, empty_head
 from router.interfaces import FloatArray
 from router.snapshot import Snapshot
 from router.statistics import PooledMoments, TaskStatistics
-from router.tasks import ServedTask, SoftPrompt, TaskKey, TaskRecord
+from router.tasks import PromptMethod, ServedTask, SoftPrompt, TaskKey, TaskRecord
 
 EMBEDDINGS_TENSOR = "embeddings"
 CLUSTERS_TENSOR = "clusters"
 PROMPT_TENSOR = "prompt_embeddings"
+PREFIX_TENSOR = "prefix_keys_and_values"
+PROMPT_TENSORS: Mapping[PromptMethod, str] = {"prompt": PROMPT_TENSOR, "prefix": PREFIX_TENSOR}
 
 _log = structlog.get_logger(__name__)
 
@@ -93,7 +95,7 @@ class SnapshotLoader:
                 "serve with that base model (--base-model), or tune the task again with --revise",
             )
         values = read_prompt(self._artifacts, record)
-        return SoftPrompt(values, prompt.base_model)
+        return SoftPrompt(values, prompt.base_model, prompt.method, prompt.layers)
 
     def _head(self, catalog: CatalogReader, about: CatalogRevision, live: list[TaskKey]) -> Head:
         try:
@@ -151,15 +153,21 @@ def read_statistics(artifacts: ArtifactReader, record: TaskRecord) -> TaskStatis
 
 
 def read_prompt(artifacts: ArtifactReader, record: TaskRecord) -> FloatArray:
-    """The soft prompt `[P, H]` of a task that has one.
+    """The soft prompt `[P, W]` of a task that has one.
 
     Raises:
-        CorruptArtifactError: missing, damaged or of another shape.
+        CorruptArtifactError: missing, damaged, of another shape, or of a method that this version
+            does not know.
     """
     prompt = record.prompt
     if prompt is None:
         raise CorruptArtifactError(f"prompt of {record.key}", "none", "tune it with --revise")
-    values = artifacts.read_tensor(prompt.sha256, PROMPT_TENSOR, np.float32, prompt.hidden_size)
+    if prompt.method not in PROMPT_TENSORS:
+        raise CorruptArtifactError(
+            f"method of the prompt of {record.key}", prompt.method, "upgrade promptyard to serve it"
+        )
+    name = PROMPT_TENSORS[prompt.method]
+    values = artifacts.read_tensor(prompt.sha256, name, np.float32, prompt.width)
     if len(values) != prompt.tokens:
         raise CorruptArtifactError(
             f"prompt of {record.key}", f"{len(values)} tokens, not {prompt.tokens}", "restore it"

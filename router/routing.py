@@ -138,7 +138,7 @@ class Router:
         served = snapshot.task(decision.task.name)
         prompt = usable_prompt(served)
         question = Question(
-            PromptedInput(with_context(text, context), prompt.values),
+            PromptedInput(with_context(text, context), prompt.values, prompt.method),
             served.record.outputs,
             output_tokens,
         )

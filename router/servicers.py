@@ -32,6 +32,7 @@ from router.wire import (
     Unreadable,
     answer_message,
     decision_message,
+    prompt_method_message,
     stream_error_message,
     task_message,
     timestamp,
@@ -138,11 +139,12 @@ class RouterServicer(RouterServiceServicer):
             description=messages.SoftPromptDescription(
                 task=task.record.name,
                 task_revision=task.record.revision,
-                shape=prompt.values.shape,
+                shape=prompt.shape,
                 dtype="float32",
                 sha256=hashlib.sha256(tensor).hexdigest(),
                 base_model=prompt.base_model,
                 size_bytes=len(tensor),
+                method=prompt_method_message(prompt.method),
             ),
             revision=snapshot.revision,
         )

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from router.errors import CorruptArtifactError, InvalidInputError
 
@@ -18,6 +18,9 @@ MAX_TASK_NAME_CHARACTERS = 100
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 RECORD_FORMAT = 1
+
+# `prompt`: vectors before the input embeddings; `prefix`: keys and values for every layer.
+PromptMethod = Literal["prompt", "prefix"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +35,27 @@ class DataSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class TrainingCurve:
+    """How the tuning of a prompt went.
+
+    `losses` are training losses, each the mean of `steps_per_loss` steps. After `validated_at[i]`
+    steps, `validation_scores[i]` of the validation rows were right, with `validation_losses[i]`.
+    """
+
+    steps_per_loss: int
+    losses: tuple[float, ...]
+    validated_at: tuple[int, ...]
+    validation_scores: tuple[float, ...]
+    validation_losses: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class PromptSummary:
     """The soft prompt of a task: its file, and what it was tuned on.
 
     `scores` holds shares of right answers on the validation rows: `prompt`, `majority`,
-    `no_prompt`, `instruction`.
+    `no_prompt`, `instruction`. Of a prefix, `hidden_size` is the width of one layer's keys, and
+    `layers` counts the layers. `versions` are those of the software that tuned it.
     """
 
     sha256: str
@@ -49,6 +68,24 @@ class PromptSummary:
     settings: Mapping[str, float | int | str]
     steps: int
     seconds: float
+    method: PromptMethod = "prompt"
+    layers: int = 0
+    curve: TrainingCurve | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def width(self) -> int:
+        """W, the numbers of each virtual token."""
+        return self.hidden_size * (2 * self.layers if self.method == "prefix" else 1)
+
+
+# Fields of later versions. A record that lacks them keeps the digest that it was stored with.
+_LATER_FIELDS: Mapping[str, object] = {
+    "method": "prompt",
+    "layers": 0,
+    "curve": None,
+    "versions": {},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +112,14 @@ class TaskRecord:
 
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces. Its SHA-256 is the record's digest."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        document = asdict(self)
+        if document["prompt"] is not None:
+            document["prompt"] = {
+                key: value
+                for key, value in document["prompt"].items()
+                if key not in _LATER_FIELDS or value != _LATER_FIELDS[key]
+            }
+        return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
     @property
     def sha256(self) -> str:
@@ -100,12 +144,23 @@ class TaskRecord:
             return cls(
                 **{**raw, "data": DataSummary(**raw["data"])},
                 outputs=None if outputs is None else tuple(outputs),
-                prompt=None if prompt is None else PromptSummary(**prompt),
+                prompt=None if prompt is None else _prompt_summary(prompt),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptArtifactError(
                 "task record", text, "restore the catalog from a backup"
             ) from error
+
+
+def _prompt_summary(raw: dict[str, Any]) -> PromptSummary:
+    curve = raw.pop("curve", None)
+    if curve is not None:
+        lists = {key: value for key, value in curve.items() if key != "steps_per_loss"}
+        curve = TrainingCurve(
+            steps_per_loss=curve["steps_per_loss"],
+            **{key: tuple(values) for key, values in lists.items()},
+        )
+    return PromptSummary(**raw, curve=curve)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +189,23 @@ class TaskKey:
 
 @dataclass(frozen=True, slots=True)
 class SoftPrompt:
-    """A learned matrix `[P, H]` float32, and the fingerprint of the base model it belongs to."""
+    """A learned matrix `[P, W]` float32, and the fingerprint of the base model it belongs to.
+
+    W is H, or, of a prefix, `layers` times keys and values of one layer, in this order.
+    """
 
     values: FloatArray
     base_model: str
+    method: PromptMethod = "prompt"
+    layers: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[P, H], or of a prefix [P, layers, 2 (keys, values), width of one layer's keys]."""
+        if self.method == "prompt":
+            return self.values.shape
+        tokens, width = self.values.shape
+        return (tokens, self.layers, 2, width // (2 * self.layers))
 
 
 @dataclass(frozen=True, slots=True)

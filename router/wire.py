@@ -19,7 +19,7 @@ from google.rpc import error_details_pb2, status_pb2
 from router.answer import AnswerEvent, AnswerSummary, FinishReason
 from router.decision import Candidate, Decision, Outcome
 from router.errors import InvalidInputError, OverloadedError, PromptyardError
-from router.tasks import ServedTask, TaskKey
+from router.tasks import PromptMethod, ServedTask, TaskKey
 from router.v1 import decision_pb2, router_service_pb2, task_pb2
 
 ERROR_DOMAIN = "promptyard"
@@ -61,6 +61,11 @@ _FINISH_REASONS = {
     FinishReason.NO_TASK: router_service_pb2.FINISH_REASON_NO_TASK,
 }
 _FINISH_REASON_VALUES = {message: value for value, message in _FINISH_REASONS.items()}
+
+_PROMPT_METHODS: dict[PromptMethod, task_pb2.PromptMethod.ValueType] = {
+    "prompt": task_pb2.PROMPT_METHOD_PROMPT,
+    "prefix": task_pb2.PROMPT_METHOD_PREFIX,
+}
 
 Request = TypeVar("Request", bound=Message)
 
@@ -235,7 +240,18 @@ def task_message(task: ServedTask, threshold: float) -> task_pb2.Task:
         message.prompt.tokens = record.prompt.tokens
         message.prompt.base_model = record.prompt.base_model
         message.prompt.validation_score = record.prompt.scores.get("prompt", 0.0)
+        message.prompt.method = prompt_method_message(record.prompt.method)
     return message
+
+
+def prompt_method_message(method: PromptMethod) -> task_pb2.PromptMethod.ValueType:
+    """A prompt's method to its message; unspecified for one that this version does not know."""
+    return _PROMPT_METHODS.get(method, task_pb2.PROMPT_METHOD_UNSPECIFIED)
+
+
+def prompt_method_value(message: task_pb2.PromptMethod.ValueType) -> PromptMethod:
+    """The method that `prompt_method_message` wrote; a server of old knew one only."""
+    return "prefix" if message == task_pb2.PROMPT_METHOD_PREFIX else "prompt"
 
 
 def timestamp(at: datetime) -> Timestamp:

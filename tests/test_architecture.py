@@ -34,7 +34,14 @@ NAMES_TORCH_MODEL = (
     "trainer/tuning.py",
     "trainer/prompt_quality.py",
     "trainer/initialisation.py",
+    "trainer/base_facts.py",
+    "trainer/checkpoint.py",
     "trainer/example_prompt.py",
+    "trainer/gradients.py",
+    "trainer/inspection.py",
+    "trainer/peft_exchange.py",
+    "trainer/prompt_import.py",
+    "trainer/prompt_parameters.py",
 )
 
 

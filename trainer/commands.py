@@ -8,7 +8,12 @@ from typing import Literal
 
 from trainer.data import Fields
 
-Initialisation = Literal["examples", "text", "vocabulary", "random"]
+Initialisation = Literal["best", "nearest", "examples", "text", "vocabulary", "random"]
+# What of a prompt gradient descent moves: itself, or P + MLP(P), folded away afterwards.
+Reparametrisation = Literal["none", "residual"]
+# How the learning rate goes on after its rise.
+Schedule = Literal["cosine", "linear", "constant"]
+GradientPrecision = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +21,8 @@ class RegisterTask:
     """Add one task (or, with `revise`, its next revision) from a labelled file.
 
     `force` publishes a prompt that did not beat its baselines, and a task that takes too much of
-    another; it is the reason, and is recorded.
+    another; it is the reason, and is recorded. `prompt_from` is a folder of PEFT whose prompt is
+    taken instead of tuning one.
     """
 
     name: str
@@ -29,6 +35,7 @@ class RegisterTask:
     drop_duplicates: bool = False
     revise: bool = False
     force: str = ""
+    prompt_from: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from router.answering import Question
 from router.errors import InvalidInputError, NoPromptError, TaskOutOfServiceError
-from router.interfaces import FloatArray, LanguageModel, PromptedInput
+from router.interfaces import LanguageModel, PromptedInput
 from router.routing import usable_prompt
 from router.snapshot import Snapshot
+from router.tasks import SoftPrompt
 from trainer import metrics
 from trainer.evaluate_routing import RoutedText
 from trainer.metrics import Interval
@@ -120,7 +121,7 @@ class _Questions:
 
     def ask(self, text: str, task: str) -> Question:
         """The question under the task's prompt."""
-        return self._question(text, task, usable_prompt(self._snapshot.task(task)).values)
+        return self._question(text, task, usable_prompt(self._snapshot.task(task)))
 
     def ask_if_prompted(self, text: str, task: str) -> Question | None:
         """The same, or None where the task has no prompt that can be used."""
@@ -133,9 +134,12 @@ class _Questions:
         """The question to the base model alone, with the task's outputs to choose from."""
         return self._question(text, task, None)
 
-    def _question(self, text: str, task: str, prompt: FloatArray | None) -> Question:
+    def _question(self, text: str, task: str, prompt: SoftPrompt | None) -> Question:
         outputs = self._snapshot.task(task).record.outputs
-        return Question(PromptedInput(text, prompt), outputs, self._max_output_tokens)
+        row = PromptedInput(text, None)
+        if prompt is not None:
+            row = PromptedInput(text, prompt.values, prompt.method)
+        return Question(row, outputs, self._max_output_tokens)
 
 
 def _answer(model: LanguageModel, questions: Sequence[Question], progress: Progress) -> list[str]:

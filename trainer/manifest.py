@@ -4,11 +4,14 @@ tasks:
   - name: review-sentiment
     data: review-sentiment.jsonl      # relative to the manifest
     instruction: Is the review positive or negative?
+tuning:                               # optional, and the same for all: fields of TuningSettings
+  length: 40
+  clip_norm: 1.0
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from router.errors import InvalidInputError
@@ -18,6 +21,8 @@ from trainer.data import Fields
 
 _MOST_MIB = 16
 _TEXTS = ("name", "data", "description", "instruction", "input_field", "output_field", "force")
+# Paths, relative to the manifest.
+_FOLDERS = ("prompt_from",)
 _FLAGS = ("with_prompt", "free_text", "drop_duplicates", "revise")
 
 
@@ -39,6 +44,19 @@ def read_manifest(path: Path) -> list[RegisterTask]:
     return requests
 
 
+def read_tuning(path: Path) -> Mapping[str, object]:
+    """What a manifest says of tuning, unchecked: see `trainer.tuning_options`.
+
+    Raises:
+        InvalidInputError: it is no mapping.
+    """
+    document = read_yaml(path, _MOST_MIB)
+    tuning = document.get("tuning", {}) if isinstance(document, dict) else {}
+    if not isinstance(tuning, dict) or not all(isinstance(key, str) for key in tuning):
+        raise InvalidInputError(f"{path}: tuning", tuning, "give a mapping of settings")
+    return tuning
+
+
 def _check_names(path: Path, requests: Sequence[RegisterTask]) -> None:
     numbers: dict[str, int] = {}
     for number, request in enumerate(requests, start=1):
@@ -55,12 +73,13 @@ def _request(path: Path, number: int, entry: object) -> RegisterTask:
     where = f"{path}: task {number}"
     if not isinstance(entry, dict):
         raise InvalidInputError(where, entry, "give a mapping with 'name' and 'data'")
-    unknown = set(entry) - {*_TEXTS, *_FLAGS}
+    known = (*_TEXTS, *_FOLDERS, *_FLAGS)
+    unknown = set(entry) - set(known)
     if unknown:
         raise InvalidInputError(
-            where, ", ".join(map(str, unknown)), f"the keys are {', '.join((*_TEXTS, *_FLAGS))}"
+            where, ", ".join(map(str, unknown)), f"the keys are {', '.join(known)}"
         )
-    for key in _TEXTS:
+    for key in (*_TEXTS, *_FOLDERS):
         if not isinstance(entry.get(key, ""), str):
             raise InvalidInputError(f"{where}, {key}", entry[key], "give a text")
     for key in _FLAGS:
@@ -76,5 +95,6 @@ def _request(path: Path, number: int, entry: object) -> RegisterTask:
         instruction=entry.get("instruction", ""),
         fields=Fields(entry.get("input_field", "input"), entry.get("output_field", "output")),
         force=entry.get("force", ""),
+        prompt_from=path.parent / entry["prompt_from"] if entry.get("prompt_from") else None,
         **flags,
     )

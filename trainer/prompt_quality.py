@@ -13,6 +13,7 @@ from torch import Tensor
 from router.backends.rows import Row
 from router.backends.torch_model import TorchLanguageModel
 from router.interfaces import PromptedInput
+from router.tasks import PromptMethod
 
 LabelledRow = tuple[str, str]
 
@@ -38,11 +39,12 @@ class Quality:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A prompt `[P, H]` (or none) to try on rows (input, output) of one task."""
+    """A prompt `[P, W]` (or none) to try on rows (input, output) of one task."""
 
     prompt: Tensor | None
     labels: tuple[str, ...] | None
     rows: Sequence[LabelledRow]
+    method: PromptMethod = "prompt"
 
 
 def measure(model: TorchLanguageModel, trials: Sequence[Trial]) -> list[Quality]:
@@ -62,6 +64,29 @@ def measure(model: TorchLanguageModel, trials: Sequence[Trial]) -> list[Quality]
         qualities.append(_quality(model, trial, scores[begin:end]))
         begin = end
     return qualities
+
+
+def baseline_scores(
+    model: TorchLanguageModel,
+    instruction: str,
+    labels: tuple[str, ...] | None,
+    train: Sequence[LabelledRow],
+    validation: Sequence[LabelledRow],
+) -> dict[str, float]:
+    """Shares of right answers on `validation` without a soft prompt.
+
+    `majority` (always the most frequent output of `train`), `no_prompt`, and `instruction`, its
+    plain text as the prompt.
+    """
+    text = model.text_embeddings(instruction) if instruction.strip() else None
+    without, with_instruction = measure(
+        model, [Trial(prompt, labels, validation) for prompt in (None, text)]
+    )
+    return {
+        "majority": majority_score(train, validation),
+        "no_prompt": without.score,
+        "instruction": with_instruction.score,
+    }
 
 
 def majority_score(train: Sequence[LabelledRow], rows: Sequence[LabelledRow]) -> float:
@@ -90,7 +115,7 @@ def _rows(model: TorchLanguageModel, trial: Trial) -> list[Row]:
         [length] * len(trial.rows),
         [longest] * len(trial.rows),
     )
-    return [Row(trial.prompt, text.ids) for text in tokens]
+    return [Row(trial.prompt, text.ids, trial.method) for text in tokens]
 
 
 def _quality(model: TorchLanguageModel, trial: Trial, scores: Sequence[np.ndarray]) -> Quality:
@@ -108,7 +133,8 @@ def _quality(model: TorchLanguageModel, trial: Trial, scores: Sequence[np.ndarra
 def _exact_matches(model: TorchLanguageModel, trial: Trial) -> float:
     values = None if trial.prompt is None else trial.prompt.detach().cpu().numpy()
     longest = max(len(model.tokenize_output(output)) for _, output in trial.rows)
-    answers = model.generate([PromptedInput(text, values) for text, _ in trial.rows], longest)
+    inputs = [PromptedInput(text, values, trial.method) for text, _ in trial.rows]
+    answers = model.generate(inputs, longest)
     return float(
         np.mean(
             [

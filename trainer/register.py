@@ -10,27 +10,36 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from importlib.metadata import version
 
 import numpy as np
 
 from router.errors import InvalidInputError, PromptyardError, RefusedError, shorten
 from router.interfaces import Embeddings, LanguageModel
-from router.loading import CLUSTERS_TENSOR, EMBEDDINGS_TENSOR, PROMPT_TENSOR
+from router.loading import CLUSTERS_TENSOR, EMBEDDINGS_TENSOR, PROMPT_TENSORS
 from router.statistics import to_fixed_point
 from router.tasks import PromptSummary, TaskRecord, check_task_name
 from trainer.admission import Registered, SuspectInput, next_revision
 from trainer.catalog_writer import now
+from trainer.checkpoint import DEFAULT_SECONDS, Checkpoints
 from trainer.clustering import cluster
 from trainer.commands import PolicyChange, RegisterTask
 from trainer.data import Example, LabelledFile, closed_outputs, read_labelled, split, summarise
 from trainer.gate import DEFAULT_GATE_LIMIT, InterferenceError
-from trainer.tuning import TunedPrompt, TuningFailure, TuningJob, TuningSettings, tune
+from trainer.initialisation import Start
+from trainer.nearest_prompts import nearest_prompts
+from trainer.prompt_import import import_prompt
+from trainer.tuned_prompt import TunedPrompt, TuningFailure, training_curve
+from trainer.tuning import TuningJob, TuningSettings, tune
 from trainer.workshop import Published, Workshop
 
 MIN_ROWS_FOR_ROUTING = 2
 MIN_ROWS_FOR_PROMPT = 8
+CHECKPOINTS_FOLDER = "checkpoints"
 _EMBED_ROWS = 256
+# What the bits of a tuned prompt may depend on.
+_VERSIONED = ("promptyard", "torch", "transformers")
 
 # progress(task or "", stage, done, total)
 Progress = Callable[[str, str, int, int], None]
@@ -56,12 +65,16 @@ def register(
     change: PolicyChange | None = None,
     progress: Progress = lambda *_: None,
     gate_limit: float = DEFAULT_GATE_LIMIT,
+    checkpoint_seconds: float = DEFAULT_SECONDS,
 ) -> Registered:
     """Register tasks and publish those that succeed, all of them in one catalog revision.
 
     A failure of one task leaves the others. `base_model` may be None where no request wants a
     prompt. A task that takes more than `gate_limit` of the held-out rows of an old one is refused,
     unless it is forced.
+
+    The state of tuning is kept in the home every `checkpoint_seconds`: the same call after a kill
+    goes on from there, and comes to the same prompts.
 
     Raises:
         PromptyardError: nothing could be registered for a reason that no single task has.
@@ -70,7 +83,8 @@ def register(
     workshop.policy(change)
     failures: dict[str, PromptyardError] = {}
     prepared = list(_each(requests, lambda request: prepare(workshop, request), failures))
-    prompts = _tune(prepared, base_model, settings, failures, progress)
+    checkpoints = Checkpoints(workshop.home / CHECKPOINTS_FOLDER, checkpoint_seconds)
+    prompts = _tune(workshop, prepared, base_model, settings, failures, progress, checkpoints)
     records = []
     for task in prepared:
         if task.request.name in failures:
@@ -79,12 +93,13 @@ def register(
         try:
             if tuned is not None:
                 check_prompt(task.request, tuned)
-            records.append(_store(workshop, task, tuned, base_model, settings, progress))
+            records.append(_store(workshop, task, tuned, base_model, progress))
         except PromptyardError as error:
             failures[task.request.name] = error
     progress("", "publish", 0, 1)
     published, published_records = _publish(workshop, records, change, gate_limit, failures)
     progress("", "publish", 1, 1)
+    checkpoints.remove()
     return Registered(published_records, failures, published, _suspects(prepared, published))
 
 
@@ -196,11 +211,13 @@ def _each(
 
 
 def _tune(
+    workshop: Workshop,
     prepared: Sequence[Prepared],
     base_model: LanguageModel | None,
     settings: TuningSettings,
     failures: dict[str, PromptyardError],
     progress: Progress,
+    checkpoints: Checkpoints,
 ) -> dict[str, TunedPrompt]:
     wanted = [
         task for task in prepared if task.request.with_prompt and task.request.name not in failures
@@ -216,11 +233,23 @@ def _tune(
             labels=task.outputs,
             train=tuple((example.input, example.output) for example in task.train),
             validation=tuple((example.input, example.output) for example in task.validation),
+            starts=_starts(workshop, task, base_model, settings),
         )
         for task in wanted
     ]
+    folders = {task.request.name: task.request.prompt_from for task in wanted}
     prompts = {}
-    for name, result in tune(base_model, jobs, settings, progress).items():
+    for job in jobs:
+        folder = folders[job.name]
+        if folder is not None:
+            try:
+                prompts[job.name] = import_prompt(base_model, job, folder)
+            except PromptyardError as error:
+                failures[job.name] = error
+    jobs = [job for job in jobs if folders[job.name] is None]
+    if not jobs:
+        return prompts
+    for name, result in tune(base_model, jobs, settings, progress, checkpoints).items():
         if isinstance(result, TuningFailure):
             failures[name] = RefusedError(f"prompt of {name}", result.reason, result.remedy)
         else:
@@ -228,12 +257,20 @@ def _tune(
     return prompts
 
 
+def _starts(
+    workshop: Workshop, task: Prepared, model: LanguageModel, settings: TuningSettings
+) -> tuple[Start, ...]:
+    if task.request.prompt_from is not None or settings.initialisation not in ("best", "nearest"):
+        return ()
+    texts = [example.input for example in task.train]
+    return nearest_prompts(workshop, texts, model, settings.method)
+
+
 def _store(
     workshop: Workshop,
     task: Prepared,
     tuned: TunedPrompt | None,
     base_model: LanguageModel | None,
-    settings: TuningSettings,
     progress: Progress,
 ) -> TaskRecord:
     """Embed the rows, store rows and prompt, and make the record."""
@@ -247,17 +284,22 @@ def _store(
     )
     prompt = None
     if tuned is not None and base_model is not None:
+        tokens, width = tuned.values.shape
         prompt = PromptSummary(
-            sha256=workshop.artifacts.write_tensors({PROMPT_TENSOR: tuned.values}),
-            tokens=len(tuned.values),
-            hidden_size=tuned.values.shape[1],
+            sha256=workshop.artifacts.write_tensors({PROMPT_TENSORS[tuned.method]: tuned.values}),
+            tokens=tokens,
+            hidden_size=width if tuned.layers == 0 else width // (2 * tuned.layers),
             base_model=base_model.fingerprint,
             base_model_name=base_model.name,
             metric="exact match" if task.outputs is None else "accuracy",
             scores=dict(tuned.scores),
-            settings={**asdict(settings), "python": platform.python_version()},
+            settings={**tuned.settings, "python": platform.python_version()},
             steps=tuned.steps,
             seconds=round(tuned.seconds, 3),
+            method=tuned.method,
+            layers=tuned.layers,
+            curve=training_curve(tuned),
+            versions={name: version(name) for name in _VERSIONED},
         )
     return TaskRecord(
         name=request.name,

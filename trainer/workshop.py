@@ -98,6 +98,14 @@ class Workshop:
                 raise InvalidInputError(name, getattr(policy, name), "give a share from 0 to 0.5")
         return policy
 
+    def newest_head(self) -> Head:
+        """The compiled head of the newest revision; an empty one where there is none.
+
+        Raises:
+            CorruptArtifactError: its file is damaged.
+        """
+        return self._read_head(self.catalog.newest_revision())
+
     def publish(
         self,
         action: str,

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
+from router.backends.cached_prefixes import cache_of_prefixes, check_cache, prefix_of_cache
+from router.backends.prompted_network import PrefixShape
 from router.backends.rows import IGNORED, Row, token_losses
 from router.backends.seq2seq import split_special_tokens
-from router.backends.torch_model import Started, TorchLanguageModel
+from router.backends.started import Started
+from router.backends.torch_model import TorchLanguageModel
 
 # Stands between the text and the output, as the end of the text's line.
 _SEPARATOR = "\n"
@@ -20,7 +25,8 @@ class CausalLanguageModel(TorchLanguageModel):
     r"""`pad | PROMPT text \n output`: padded on the left, positions counted from the mask.
 
     The prompt follows the padding directly; `prompt | pad | text` would put a hole into the
-    positions of the shorter rows.
+    positions of the shorter rows. A prefix is what the cache holds before the text is read; all
+    rows have it in front of their padding, which counts for no position there.
     """
 
     shares_window = True
@@ -35,16 +41,59 @@ class CausalLanguageModel(TorchLanguageModel):
     def tokenize_output(self, text: str) -> tuple[int, ...]:
         return (*self.plain_ids([text])[0], self.end_id)
 
+    @cached_property
+    def prefix_shape(self) -> PrefixShape:
+        with torch.no_grad():
+            cache = self.network(
+                inputs_embeds=self.embedding[:1][None], use_cache=True
+            ).past_key_values
+        check_cache(cache, takes_positions="position_ids" in self._parameters)
+        _, heads, _, size = cache.layers[0].keys.shape
+        return PrefixShape(len(cache.layers), heads, size)
+
+    def keys_and_values(self, prompt: Tensor) -> Tensor:
+        # Asked for its shape first, which refuses what has none.
+        shape = self.prefix_shape
+        with torch.no_grad():
+            cache = self.network(
+                inputs_embeds=prompt.detach()[None].to(self.embedding.dtype), use_cache=True
+            ).past_key_values
+        return prefix_of_cache(cache, shape)
+
+    def _read(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor, DynamicCache | None]:
+        """Embeddings `[B, S, H]` of what follows the prefixes, the whole mask, the prefixes."""
+        texts = [row if row.prefix is None else Row(None, row.ids) for row in rows]
+        embeddings, mask = self._lay_out(texts)
+        if len(texts) == sum(row.prefix is None for row in rows):
+            return embeddings, mask, None
+        cache, covered = cache_of_prefixes(
+            [row.prefix for row in rows], self.prefix_shape, self.network.config, embeddings.dtype
+        )
+        return embeddings, torch.cat([covered.to(mask.dtype), mask], dim=1), cache
+
     def _start(self, rows: Sequence[Row]) -> Started:
-        embeddings, mask = self._lay_out(rows)
+        embeddings, mask, cache = self._read(rows)
         out = self.network(
             inputs_embeds=embeddings,
             attention_mask=mask,
+            past_key_values=cache,
             use_cache=True,
             **self._positions(mask, embeddings.shape[1]),
             **self._only_last_logits(1),
         )
         return Started(out.logits[:, -1], out.past_key_values, mask)
+
+    def _generation_inputs(self, rows: Sequence[Row]) -> dict[str, object]:
+        embeddings, mask, cache = self._read(rows)
+        if cache is None:
+            return {"inputs_embeds": embeddings, "attention_mask": mask}
+        # `generate` takes what was cached to be part of its input, and cuts that off.
+        cached = embeddings.new_zeros(len(rows), cache.get_seq_length(), embeddings.shape[2])
+        return {
+            "inputs_embeds": torch.cat([cached, embeddings], dim=1),
+            "attention_mask": mask,
+            "past_key_values": cache,
+        }
 
     def _continue(self, started: Started, ids: Tensor) -> Tensor:
         mask = torch.cat([started.mask, started.mask.new_ones(ids.shape)], dim=1)
@@ -63,14 +112,16 @@ class CausalLanguageModel(TorchLanguageModel):
     ) -> Tensor:
         # The last output token is predicted but not fed.
         whole = [
-            Row(row.prompt, (*row.ids, *ids[:-1])) for row, ids in zip(rows, outputs, strict=True)
+            Row(row.prompt, (*row.ids, *ids[:-1]), row.method)
+            for row, ids in zip(rows, outputs, strict=True)
         ]
-        embeddings, mask = self._lay_out(whole)
+        embeddings, mask, cache = self._read(whole)
         width = max(len(ids) for ids in outputs)
         logits = self.network(
             inputs_embeds=embeddings,
             attention_mask=mask,
-            use_cache=False,
+            past_key_values=cache,
+            use_cache=cache is not None,
             **self._positions(mask, embeddings.shape[1]),
             **self._only_last_logits(width),
         ).logits[:, -width:]

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from router.tasks import PromptMethod
+
 # The target of a position whose loss does not count.
 IGNORED = -100
 
@@ -24,13 +26,25 @@ class TextTokens:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of a batch: a soft prompt `[P, H]` (or none) and the input's token ids behind it.
+    """One row of a batch: a soft prompt `[P, W]` (or none) and the input's token ids behind it.
 
-    Rows of the same task should share one tensor object: it is then laid out once.
+    Rows of the same task should share one tensor object: it is then laid out once. W is what the
+    prompt's method makes it: H, or the keys and values of all layers.
     """
 
     prompt: Tensor | None
     ids: tuple[int, ...]
+    method: PromptMethod = "prompt"
+
+    @property
+    def embedded(self) -> Tensor | None:
+        """The prompt, if it stands before the text as input embeddings `[P, H]`."""
+        return self.prompt if self.method == "prompt" else None
+
+    @property
+    def prefix(self) -> Tensor | None:
+        """The prompt, if it is keys and values of every layer."""
+        return self.prompt if self.method == "prefix" else None
 
     def __len__(self) -> int:
         return len(self.ids) + (0 if self.prompt is None else len(self.prompt))
@@ -41,32 +55,32 @@ def lay_out(
 ) -> tuple[Tensor, Tensor]:
     """Embeddings `[B, S, H]` of `PROMPT text` rows, and their mask `[B, S]`.
 
-    `embed` gives the input embeddings of token ids.
+    `embed` gives the input embeddings of token ids. A prefix takes as many positions as it has
+    virtual tokens; what stands there does not matter.
     """
     device = next(embed.parameters()).device
     lengths = [len(row) for row in rows]
     places = np.zeros((len(rows), max(lengths)), np.int64)
     mask = np.zeros_like(places)
     # Every distinct vector once, then one gather: row 0 is the padding, then the prompts,
-    # then the tokens of all texts.
+    # then the tokens of all texts. Placeholders of a prefix are row 0 too.
     prompts: list[Tensor] = []
     begin_of: dict[int, int] = {}
     begin = 1
     for row in rows:
-        if row.prompt is not None and id(row.prompt) not in begin_of:
-            begin_of[id(row.prompt)] = begin
-            prompts.append(row.prompt)
-            begin += len(row.prompt)
+        if row.embedded is not None and id(row.embedded) not in begin_of:
+            begin_of[id(row.embedded)] = begin
+            prompts.append(row.embedded)
+            begin += len(row.embedded)
     for row, length, row_places, row_mask in zip(rows, lengths, places, mask, strict=True):
         span = slice(len(row_places) - length, None) if pad_left else slice(length)
         prompt_length = length - len(row.ids)
-        first = 0 if row.prompt is None else begin_of[id(row.prompt)]
-        row_places[span] = np.concatenate(
-            [
-                np.arange(first, first + prompt_length),
-                np.arange(begin, begin + len(row.ids)),
-            ]
-        )
+        if row.embedded is None:
+            in_front = np.zeros(prompt_length, np.int64)
+        else:
+            first = begin_of[id(row.embedded)]
+            in_front = np.arange(first, first + prompt_length)
+        row_places[span] = np.concatenate([in_front, np.arange(begin, begin + len(row.ids))])
         row_mask[span] = 1
         begin += len(row.ids)
     tokens = [pad_id, *(token for row in rows for token in row.ids)]

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
+from router.backends.encoder_prefixes import (
+    Projections,
+    captured,
+    key_value_projections,
+    prefixes_in,
+)
+from router.backends.prompted_network import PrefixShape
 from router.backends.rows import IGNORED, Row, batches, padded, token_losses
-from router.backends.torch_model import Started, TorchLanguageModel
+from router.backends.started import Started
+from router.backends.torch_model import TorchLanguageModel
 from router.errors import IncompatibleModelError, InvalidInputError
 
 _MAX_STATES_POSITIONS = 8192
@@ -19,7 +28,7 @@ class Seq2SeqLanguageModel(TorchLanguageModel):
     """`PROMPT text | pad` into the encoder, the output from the decoder.
 
     The encoder is padded on the right: absolute positions of a row then do not depend on its
-    neighbours.
+    neighbours. A prefix belongs to the encoder's self-attention; the decoder does not see it.
     """
 
     shares_window = False
@@ -51,15 +60,53 @@ class Seq2SeqLanguageModel(TorchLanguageModel):
             )
         return tuple(ids)
 
-    def _start(self, rows: Sequence[Row]) -> Started:
+    @cached_property
+    def _projections(self) -> list[Projections]:
+        return key_value_projections(self.network.get_encoder(), self.network.config)
+
+    @property
+    def prefix_shape(self) -> PrefixShape:
+        layers = self._projections
+        size = layers[0][0].out_features
+        heads = int(self.network.config.num_attention_heads)
+        return PrefixShape(len(layers), heads, size // heads)
+
+    def keys_and_values(self, prompt: Tensor) -> Tensor:
+        layers = self._projections
+        embeddings = prompt.detach()[None].to(self.embedding.dtype)
+        with torch.no_grad(), captured(layers) as seen:
+            self.network.get_encoder()(inputs_embeds=embeddings)
+        return torch.cat([vectors[0].float() for vectors in seen], dim=1)
+
+    def _encode(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """The encoder's output `[B, S, H]`, and the mask `[B, S]` of what the decoder may read."""
         embeddings, mask = self._lay_out(rows)
+        prefixed = any(row.prefix is not None for row in rows)
+        with prefixes_in(self._projections if prefixed else (), rows):
+            states: Tensor = self.network.get_encoder()(
+                inputs_embeds=embeddings, attention_mask=mask
+            ).last_hidden_state
+        if prefixed:
+            lengths = [0 if row.prefix is None else len(row.prefix) for row in rows]
+            columns = torch.arange(mask.shape[1], device=mask.device)
+            mask = mask * (columns >= torch.tensor(lengths, device=mask.device)[:, None])
+        return states, mask
+
+    def _start(self, rows: Sequence[Row]) -> Started:
+        states, mask = self._encode(rows)
         first = torch.full((len(rows), 1), self._start_id, device=self.device)
         out = self.network(
-            inputs_embeds=embeddings, attention_mask=mask, decoder_input_ids=first, use_cache=True
+            encoder_outputs=BaseModelOutput(last_hidden_state=states),
+            attention_mask=mask,
+            decoder_input_ids=first,
+            use_cache=True,
         )
-        return Started(
-            out.logits[:, -1], out.past_key_values, mask, encoded=out.encoder_last_hidden_state
-        )
+        return Started(out.logits[:, -1], out.past_key_values, mask, encoded=states)
+
+    def _generation_inputs(self, rows: Sequence[Row]) -> dict[str, object]:
+        states, mask = self._encode(rows)
+        encoded = BaseModelOutput(last_hidden_state=states)
+        return {"encoder_outputs": encoded, "attention_mask": mask}
 
     def _continue(self, started: Started, ids: Tensor) -> Tensor:
         out = self.network(
@@ -76,24 +123,24 @@ class Seq2SeqLanguageModel(TorchLanguageModel):
         tokens = self.tokenize_inputs(texts, [0] * len(texts), [1] * len(texts))
         means = torch.zeros(len(texts), self.hidden_size, device=self.device)
         for batch in batches([len(text.ids) for text in tokens], _MAX_STATES_POSITIONS):
-            embeddings, mask = self._lay_out([Row(None, tokens[i].ids) for i in batch])
             with torch.no_grad():
-                states = self.network.get_encoder()(
-                    inputs_embeds=embeddings, attention_mask=mask
-                ).last_hidden_state.float()
+                states, mask = self._encode([Row(None, tokens[i].ids) for i in batch])
             weights = mask[:, :, None]
-            means[batch] = (states * weights).sum(1) / weights.sum(1)
+            means[batch] = (states.float() * weights).sum(1) / weights.sum(1)
         return means
 
     def negative_log_likelihood(
         self, rows: Sequence[Row], outputs: Sequence[Sequence[int]]
     ) -> Tensor:
-        embeddings, mask = self._lay_out(rows)
+        states, mask = self._encode(rows)
         targets = padded(outputs, IGNORED, self.device)
         fed = targets.roll(1, dims=1).clamp(min=0)
         fed[:, 0] = self._start_id
         logits = self.network(
-            inputs_embeds=embeddings, attention_mask=mask, decoder_input_ids=fed, use_cache=False
+            encoder_outputs=BaseModelOutput(last_hidden_state=states),
+            attention_mask=mask,
+            decoder_input_ids=fed,
+            use_cache=False,
         ).logits
         return token_losses(logits, targets).sum(1)
 

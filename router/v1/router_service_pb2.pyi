@@ -10,6 +10,7 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from router.v1 import decision_pb2 as _decision_pb2
+from router.v1 import task_pb2 as _task_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -450,6 +451,7 @@ class SoftPromptDescription(_message.Message):
     SHA256_FIELD_NUMBER: _builtins.int
     BASE_MODEL_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    METHOD_FIELD_NUMBER: _builtins.int
     task: _builtins.str
     """task is the task's name."""
     task_revision: _builtins.int
@@ -462,9 +464,13 @@ class SoftPromptDescription(_message.Message):
     """base_model is the fingerprint of the base model that the prompt was tuned on."""
     size_bytes: _builtins.int
     """size_bytes is the tensor's size."""
+    method: _task_pb2.PromptMethod.ValueType
+    """method is what the prompt is."""
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """shape is [virtual tokens, hidden size]."""
+        """shape is [virtual tokens, hidden size]; of a prefix [virtual tokens, layers, 2 (keys, values),
+        numbers of one layer's keys, head by head].
+        """
 
     def __init__(
         self,
@@ -476,10 +482,11 @@ class SoftPromptDescription(_message.Message):
         sha256: _builtins.str = ...,
         base_model: _builtins.str = ...,
         size_bytes: _builtins.int = ...,
+        method: _task_pb2.PromptMethod.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "dtype", b"dtype", "sha256", b"sha256", "shape", b"shape", "size_bytes", b"size_bytes", "task", b"task", "task_revision", b"task_revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "dtype", b"dtype", "method", b"method", "sha256", b"sha256", "shape", b"shape", "size_bytes", b"size_bytes", "task", b"task", "task_revision", b"task_revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

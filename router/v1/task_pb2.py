@@ -25,15 +25,17 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14router/v1/task.proto\x12\trouter.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf7\x01\n\x04Task\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12.\n\ncreated_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rrecord_sha256\x18\x05 \x01(\t\x12\x10\n\x08\x65xamples\x18\x06 \x01(\x05\x12\x0f\n\x07outputs\x18\x07 \x03(\t\x12\x11\n\tthreshold\x18\x08 \x01(\x01\x12%\n\x06prompt\x18\t \x01(\x0b\x32\x15.router.v1.TaskPrompt\x12\x16\n\x0eout_of_service\x18\n \x01(\t\"Z\n\nTaskPrompt\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x01(\x05\x12\x12\n\nbase_model\x18\x03 \x01(\t\x12\x18\n\x10validation_score\x18\x04 \x01(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14router/v1/task.proto\x12\trouter.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf7\x01\n\x04Task\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12.\n\ncreated_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rrecord_sha256\x18\x05 \x01(\t\x12\x10\n\x08\x65xamples\x18\x06 \x01(\x05\x12\x0f\n\x07outputs\x18\x07 \x03(\t\x12\x11\n\tthreshold\x18\x08 \x01(\x01\x12%\n\x06prompt\x18\t \x01(\x0b\x32\x15.router.v1.TaskPrompt\x12\x16\n\x0eout_of_service\x18\n \x01(\t\"\x83\x01\n\nTaskPrompt\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x01(\x05\x12\x12\n\nbase_model\x18\x03 \x01(\t\x12\x18\n\x10validation_score\x18\x04 \x01(\x01\x12\'\n\x06method\x18\x05 \x01(\x0e\x32\x17.router.v1.PromptMethod*a\n\x0cPromptMethod\x12\x1d\n\x19PROMPT_METHOD_UNSPECIFIED\x10\x00\x12\x18\n\x14PROMPT_METHOD_PROMPT\x10\x01\x12\x18\n\x14PROMPT_METHOD_PREFIX\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'router.v1.task_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_PROMPTMETHOD']._serialized_start=452
+  _globals['_PROMPTMETHOD']._serialized_end=549
   _globals['_TASK']._serialized_start=69
   _globals['_TASK']._serialized_end=316
-  _globals['_TASKPROMPT']._serialized_start=318
-  _globals['_TASKPROMPT']._serialized_end=408
+  _globals['_TASKPROMPT']._serialized_start=319
+  _globals['_TASKPROMPT']._serialized_end=450
 # @@protoc_insertion_point(module_scope)

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -18,6 +19,34 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _PromptMethod:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PromptMethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PromptMethod.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PROMPT_METHOD_UNSPECIFIED: _PromptMethod.ValueType  # 0
+    """PROMPT_METHOD_UNSPECIFIED is sent by servers that knew PROMPT_METHOD_PROMPT only."""
+    PROMPT_METHOD_PROMPT: _PromptMethod.ValueType  # 1
+    """PROMPT_METHOD_PROMPT means vectors before the input embeddings."""
+    PROMPT_METHOD_PREFIX: _PromptMethod.ValueType  # 2
+    """PROMPT_METHOD_PREFIX means keys and values for every layer: of an encoder-decoder, of the
+    encoder's self-attention; of a decoder alone, what its cache holds before the text.
+    """
+
+class PromptMethod(_PromptMethod, metaclass=_PromptMethodEnumTypeWrapper):
+    """PromptMethod is where the base model reads a soft prompt."""
+
+PROMPT_METHOD_UNSPECIFIED: PromptMethod.ValueType  # 0
+"""PROMPT_METHOD_UNSPECIFIED is sent by servers that knew PROMPT_METHOD_PROMPT only."""
+PROMPT_METHOD_PROMPT: PromptMethod.ValueType  # 1
+"""PROMPT_METHOD_PROMPT means vectors before the input embeddings."""
+PROMPT_METHOD_PREFIX: PromptMethod.ValueType  # 2
+"""PROMPT_METHOD_PREFIX means keys and values for every layer: of an encoder-decoder, of the
+encoder's self-attention; of a decoder alone, what its cache holds before the text.
+"""
+Global___PromptMethod: _TypeAlias = PromptMethod  # noqa: Y015
 
 @_typing.final
 class Task(_message.Message):
@@ -93,6 +122,7 @@ class TaskPrompt(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     BASE_MODEL_FIELD_NUMBER: _builtins.int
     VALIDATION_SCORE_FIELD_NUMBER: _builtins.int
+    METHOD_FIELD_NUMBER: _builtins.int
     sha256: _builtins.str
     """sha256 is the digest of the stored file."""
     tokens: _builtins.int
@@ -101,6 +131,8 @@ class TaskPrompt(_message.Message):
     """base_model is the fingerprint of the base model that it was tuned on."""
     validation_score: _builtins.float
     """validation_score is the share of right answers on the validation rows, from 0 to 1."""
+    method: Global___PromptMethod.ValueType
+    """method is what the prompt is; unspecified from servers that knew PROMPT_METHOD_PROMPT only."""
     def __init__(
         self,
         *,
@@ -108,10 +140,11 @@ class TaskPrompt(_message.Message):
         tokens: _builtins.int = ...,
         base_model: _builtins.str = ...,
         validation_score: _builtins.float = ...,
+        method: Global___PromptMethod.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "sha256", b"sha256", "tokens", b"tokens", "validation_score", b"validation_score"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "method", b"method", "sha256", b"sha256", "tokens", b"tokens", "validation_score", b"validation_score"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,6 +9,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -279,6 +280,21 @@ def test_a_prompt_of_another_shape_than_its_record_says_is_refused(tmp_path: Pat
             other = type(record).from_json(record.to_json().replace(f"{name}:{number}", said))
             with pytest.raises(CorruptArtifactError):
                 read_prompt(workshop.artifacts, other)
+
+
+def test_a_prompt_is_not_read_as_a_prefix_nor_as_what_is_not_known(tmp_path: Path) -> None:
+    with new_workshop(tmp_path / "home") as workshop:
+        record = new_record(workshop, "weather", with_prompt=True)
+        assert record.prompt is not None
+        # The same matrix, were it read as keys and values of two layers.
+        prefix = replace(record.prompt, method="prefix", layers=2, hidden_size=2)
+        with pytest.raises(CorruptArtifactError, match="prefix_keys_and_values"):
+            read_prompt(workshop.artifacts, replace(record, prompt=prefix))
+        later = type(record).from_json(
+            replace(record, prompt=prefix).to_json().replace('"prefix"', '"suffix"')
+        )
+        with pytest.raises(CorruptArtifactError, match="upgrade promptyard"):
+            read_prompt(workshop.artifacts, later)
 
 
 # Other users, full disks

@@ -123,6 +123,22 @@ def test_a_record_with_a_prompt_comes_back_as_it_was_written(tmp_path: Path) -> 
         assert workshop.catalog.record(written.key) == written
 
 
+def test_a_record_of_before_there_were_prefixes_keeps_its_digest() -> None:
+    text = (
+        '{"created_at":"2026-11-24T01:02:03.456+00:00","data":{"duplicates_dropped":0,"rows":20,'
+        '"sha256":"dddd","train_rows":16,"validation_rows":4},"description":"d",'
+        '"embeddings_sha256":"aaaa","encoder":"e","forced_reason":"","format":1,"instruction":"i",'
+        '"name":"weather","outputs":["no","yes"],"prompt":{"base_model":"b","base_model_name":'
+        '"small","hidden_size":8,"metric":"accuracy","scores":{"prompt":0.75},"seconds":1.5,'
+        '"settings":{"steps":10},"sha256":"ffff","steps":10,"tokens":4},"revision":1}'
+    )
+    old = TaskRecord.from_json(text)
+    assert old.to_json() == text
+    assert old.sha256 == "3de0b3cad60b4161548888d62fb5a4263d9a89b0b25bf6d84288598f815c262a"
+    assert old.prompt is not None
+    assert (old.prompt.method, old.prompt.width) == ("prompt", 8)
+
+
 def test_every_publish_is_one_revision_more_and_says_what_was_done(writer: CatalogWriter) -> None:
     assert append(writer, record("weather"), record("sport")) == 1
     assert append(writer, weather=None) == 2

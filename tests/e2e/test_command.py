@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from router.server import check_address
 from router.settings import TlsFiles
 from tests.fakes import FakeLanguageModel, make_router, make_settings, running_server
+from tests.unit.small_models import save_small_model
 from trainer.cli import app
 from trainer.cli.console import quiet_libraries
 
@@ -29,7 +30,9 @@ TASKS = {
 }
 COMMANDS = [
     *("register", "list", "show", "retire", "restore", "rollback", "serve", "route", "generate"),
-    *("status", "token", "demo", "evaluate routing", "evaluate answers", "evaluate stream"),
+    *("inspect", "export", "status", "token", "demo"),
+    *("base show", "base check"),
+    *("evaluate routing", "evaluate answers", "evaluate stream"),
 ]
 
 
@@ -294,3 +297,26 @@ def test_every_command_has_a_help_that_names_no_place_on_this_machine(command: s
     assert result.exit_code == 0
     assert str(Path(__file__).parents[2]) not in "".join(result.output.split())
     assert len(result.output.splitlines()) > 5
+
+
+def test_flags_win_over_the_manifest_and_that_over_the_defaults(tmp_path: Path) -> None:
+    base = save_small_model("bart", tmp_path / "bart")
+    rows = [{"input": text, "output": "yn"[n % 2]} for n, text in enumerate(TASKS["weather"])]
+    data = tmp_path / "weather.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    manifest = tmp_path / "tasks.yaml"
+    manifest.write_text(
+        "tasks: [{name: weather, data: weather.jsonl, instruction: good, force: a test}]\n"
+        "tuning: {length: 4, steps: 9, method: prefix, clip_norm: 1.0}\n"
+    )
+    arguments = ("register", "--manifest", manifest, "--home", tmp_path / "home")
+    options = ("--base-model", base, "--steps", 2, "--seeds", 2, "--json")
+    [task] = document(promptyard(*arguments, *options))["registered"]
+    assert (task["prompt"]["tokens"], task["prompt"]["steps"]) == (4, 2)
+    assert task["prompt"]["method"] == "prefix"
+    settings = task["prompt"]["settings"]
+    assert (settings["clip_norm"], settings["seeds"], settings["learning_rate"]) == (1.0, 2, 0.03)
+    manifest.write_text("tasks: [{name: other, data: weather.jsonl}]\ntuning: {lenght: 4}\n")
+    error = document(promptyard(*arguments, *options), exit_code=2)["error"]
+    assert error["field"] == "tuning setting"
+    assert error["value"] == "lenght"

@@ -23,10 +23,11 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 from grpc_status import rpc_status
 
 from router.batching import BatchLimits
+from router.client import RouterClient
 from router.errors import InvalidInputError
 from router.server import RouterServer
 from router.settings import ServerSettings
-from router.v1 import decision_pb2
+from router.v1 import decision_pb2, task_pb2
 from router.v1 import router_service_pb2 as messages
 from router.v1 import task_service_pb2 as task_messages
 from router.v1.router_service_pb2_grpc import RouterServiceStub
@@ -576,6 +577,32 @@ def test_a_soft_prompt_comes_in_chunks_with_its_digest(serving: Serving) -> None
     assert about.size_bytes == len(tensor)
     assert about.sha256 == hashlib.sha256(tensor).hexdigest()
     assert np.array_equal(np.frombuffer(tensor, "<f4").reshape(*about.shape), values)
+
+
+def test_a_prefix_comes_with_its_method_and_its_shape_by_layer(serving: Serving) -> None:
+    values = np.random.default_rng(0).normal(size=(5, 3 * 2 * 16)).astype(np.float32)
+    task = make_task("weather", None)
+    assert task.prompt is not None
+    prefix = replace(task.prompt, values=values, method="prefix", layers=3)
+    assert task.record.prompt is not None
+    record = replace(
+        task.record,
+        prompt=replace(task.record.prompt, method="prefix", layers=3, hidden_size=16),
+    )
+    serving.live.snapshot = make_snapshot(tasks=[replace(task, record=record, prompt=prefix)])
+    first, *_ = serving.router.GetSoftPrompt(
+        messages.GetSoftPromptRequest(task="weather"), timeout=TIMEOUT
+    )
+    assert list(first.description.shape) == [5, 3, 2, 16]
+    assert first.description.method == task_pb2.PROMPT_METHOD_PREFIX
+    with RouterClient(serving.address) as client:
+        found = client.get_soft_prompt("weather")
+        assert (found.method, found.layers, found.shape) == ("prefix", 3, (5, 3, 2, 16))
+        assert np.array_equal(found.values, values)
+        [listed] = client.list_tasks()
+        assert listed.prompt.method == task_pb2.PROMPT_METHOD_PREFIX
+        list(client.generate("weather", task="weather"))
+    assert serving.model.batches[-1][0].method == "prefix"
 
 
 @pytest.mark.parametrize(

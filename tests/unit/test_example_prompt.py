@@ -19,6 +19,7 @@ from trainer.example_prompt import (
     mean_states,
 )
 from trainer.initialisation import initial_prompt
+from trainer.tuning import TuningJob
 
 ROWS = [
     ("a good film", "positive"),
@@ -109,14 +110,16 @@ def test_an_architecture_without_an_encoder_starts_from_text_instead(tmp_path: P
         str(save_small_model("gpt2", tmp_path)), device="cpu", precision="float32"
     )
     assert example_prompt(model, 8, "good or bad", LABELS, ROWS) is None
+    about = TuningJob("x", "good or bad", LABELS, ROWS, ROWS)
     torch.testing.assert_close(
-        initial_prompt(model, "examples", 8, "good or bad", LABELS, ROWS, seed=0),
-        initial_prompt(model, "text", 8, "good or bad", LABELS, ROWS, seed=0),
+        initial_prompt(model, "examples", about, 8, seed=0),
+        initial_prompt(model, "text", about, 8, seed=0),
     )
 
 
 def test_free_text_starts_from_text_instead(model: TorchLanguageModel) -> None:
+    about = TuningJob("x", "which city", None, ROWS, ROWS)
     torch.testing.assert_close(
-        initial_prompt(model, "examples", 8, "which city", None, ROWS, seed=0),
-        initial_prompt(model, "text", 8, "which city", None, ROWS, seed=0),
+        initial_prompt(model, "examples", about, 8, seed=0),
+        initial_prompt(model, "text", about, 8, seed=0),
     )

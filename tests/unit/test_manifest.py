@@ -9,7 +9,7 @@ import pytest
 from router.errors import InvalidInputError
 from trainer.commands import RegisterTask
 from trainer.data import Fields
-from trainer.manifest import read_manifest
+from trainer.manifest import read_manifest, read_tuning
 
 
 def manifest(folder: Path, text: str) -> Path:
@@ -155,3 +155,19 @@ def test_an_entry_that_cannot_be_used_is_named_by_number_and_key(
 ) -> None:
     text = f"tasks:\n  - {{name: a, data: a.csv}}\n  - {entry}\n"
     refused(manifest(tmp_path, text), problem)
+
+
+def test_settings_of_tuning_stand_beside_the_tasks(tmp_path: Path) -> None:
+    path = tmp_path / "tasks.yaml"
+    path.write_text("tasks: [{name: a, data: a.csv}]\ntuning: {length: 40, method: prefix}\n")
+    assert read_tuning(path) == {"length": 40, "method": "prefix"}
+    path.write_text("tasks: [{name: a, data: a.csv}]\n")
+    assert read_tuning(path) == {}
+
+
+@pytest.mark.parametrize("tuning", ["[length]", "40", "{1: 2}"])
+def test_settings_of_tuning_that_are_no_mapping_are_refused(tmp_path: Path, tuning: str) -> None:
+    path = tmp_path / "tasks.yaml"
+    path.write_text(f"tasks: [{{name: a, data: a.csv}}]\ntuning: {tuning}\n")
+    with pytest.raises(InvalidInputError, match=r"tuning: .*; give a mapping of settings"):
+        read_tuning(path)

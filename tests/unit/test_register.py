@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import trainer.register
+from router.backends.language_model import load_language_model
 from router.backends.onnx_encoder import OnnxMiniLM
 from router.catalog import CatalogReader
 from router.decision import Outcome
@@ -23,6 +24,7 @@ from router.errors import (
     TaskNotFoundError,
 )
 from router.fitting import Background
+from router.interfaces import PromptedInput
 from router.loading import ServedModels, SnapshotLoader, read_prompt, read_statistics
 from router.statistics import FIXED_POINT
 from router.tasks import TaskKey
@@ -37,11 +39,13 @@ from tests.catalogs import (
     write_rows,
 )
 from tests.fakes import FakeLanguageModel
+from tests.unit.small_models import save_small_model
 from trainer.admission import Registered
 from trainer.commands import PolicyChange, RegisterTask
 from trainer.data import read_labelled
 from trainer.register import check_prompt, register
-from trainer.tuning import TunedPrompt, TuningFailure, TuningSettings
+from trainer.tuned_prompt import TunedPrompt, TuningFailure
+from trainer.tuning import TuningSettings
 from trainer.workshop import Workshop
 
 LIGHTS = [
@@ -330,6 +334,37 @@ def test_data_that_no_prompt_can_be_tuned_on_is_refused(
 # Prompts, with a tuner that costs nothing
 
 
+def test_a_prefix_is_stored_with_its_method_and_served_as_it_was_tuned(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    base = load_language_model(save_small_model("bart", tmp_path / "bart"), device="cpu", threads=1)
+    request = RegisterTask(
+        "weather", rows_at(tmp_path, "weather", 20), instruction="is it good", force="a test"
+    )
+    settings = TuningSettings(method="prefix", length=5, steps=2, validations=1)
+    result = register(workshop, [request], base, settings)
+    [record] = result.records
+    assert record.prompt is not None
+    assert (record.prompt.method, record.prompt.layers, record.prompt.hidden_size) == (
+        "prefix",
+        2,
+        32,
+    )
+    assert record.prompt.settings["method"] == "prefix"
+    models = ServedModels(PlaceEncoder.fingerprint, DIMENSION, place_background(), base.fingerprint)
+    assert result.published is not None
+    snapshot = SnapshotLoader(workshop.home, models).load(
+        workshop.catalog, result.published.revision, None
+    )
+    served = snapshot.task("weather").prompt
+    assert served is not None
+    assert served.shape == (5, 2, 2, 32)
+    [scores] = base.score(
+        [PromptedInput("weather 1", served.values, served.method)], [record.outputs or ()]
+    )
+    assert np.isfinite(scores.log_probabilities).all()
+
+
 class Tuner:
     """Takes the place of `tune`: gives every job the result that was set for it."""
 
@@ -337,9 +372,14 @@ class Tuner:
         self.results: dict[str, TunedPrompt | TuningFailure] = {}
         self.jobs: list[object] = []
 
-    def __call__(self, model, jobs, settings, progress):
+    def __call__(self, model, jobs, settings, progress, checkpoints):
         self.jobs += jobs
-        return {job.name: self.results[job.name] for job in jobs}
+        return {
+            job.name: replace(result, settings=asdict(settings))
+            if isinstance(result := self.results[job.name], TunedPrompt)
+            else result
+            for job in jobs
+        }
 
 
 @pytest.fixture

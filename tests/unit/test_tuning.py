@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from router.backends.language_model import load_language_model
+from router.backends.prompted_network import PrefixShape
 from router.backends.rows import Row
 from router.backends.seq2seq import Seq2SeqLanguageModel
 from router.backends.torch_model import TorchLanguageModel
@@ -21,8 +22,11 @@ from router.errors import IncompatibleModelError, InvalidInputError
 from router.interfaces import Generation, PromptedInput
 from tests.fakes import FakeLanguageModel
 from tests.unit.small_models import KINDS, save_small_model
+from trainer.prompt_parameters import PromptParameters
 from trainer.prompt_quality import Quality, Trial, majority_score, measure, same_text
-from trainer.tuning import TunedPrompt, TuningFailure, TuningJob, TuningSettings, tune
+from trainer.tuned_prompt import TunedPrompt, TuningFailure
+from trainer.tuning import TuningJob, TuningSettings, tune
+from trainer.tuning_options import tuning_settings
 
 WORDS = ("fox", "dog", "river", "book", "film", "end", "start")
 SENTIMENT = TuningJob(
@@ -100,6 +104,50 @@ def test_tuning_lowers_the_loss_on_every_architecture(any_model: TorchLanguageMo
     assert result.seconds > 0
 
 
+def test_a_prefix_is_tuned_on_every_architecture_and_serves_as_it_was_measured(
+    any_model: TorchLanguageModel,
+) -> None:
+    settings = replace(QUICK, method="prefix", learning_rate=0.02, steps=30)
+    before = weights_digest(any_model)
+    result = tuned(any_model, [SENTIMENT], settings)["sentiment"]
+    assert weights_digest(any_model) == before
+    shape = any_model.prefix_shape
+    assert result.values.shape == (6, shape.width)
+    assert result.layers == shape.layers
+    assert np.mean(result.losses[-5:]) < np.mean(result.losses[:5])
+    labels = SENTIMENT.labels or ()
+    rows = [PromptedInput(text, result.values, "prefix") for text, _ in SENTIMENT.validation]
+    answers = [labels[row.best] for row in any_model.score(rows, [labels] * len(rows))]
+    right = [
+        answer == output for answer, (_, output) in zip(answers, SENTIMENT.validation, strict=True)
+    ]
+    assert float(np.mean(right)) == result.scores["prompt"]
+
+
+def test_a_prefix_of_free_text_is_generated_under_it(any_model: TorchLanguageModel) -> None:
+    settings = replace(QUICK, method="prefix", steps=2)
+    assert tuned(any_model, [COPY], settings)["copy"].values.shape[0] == QUICK.length
+
+
+def test_an_architecture_without_prefixes_refuses_them_before_anything_is_tuned(
+    model: TorchLanguageModel,
+) -> None:
+    class Without(Seq2SeqLanguageModel):
+        @property
+        def prefix_shape(self) -> PrefixShape:
+            raise IncompatibleModelError("method prefix", "no layers", "tune with --method prompt")
+
+    seen: list[object] = []
+    with pytest.raises(IncompatibleModelError, match="--method prompt"):
+        tune(
+            with_class(model, Without),
+            [SENTIMENT],
+            replace(QUICK, method="prefix"),
+            lambda *step: seen.append(step),
+        )
+    assert seen == []
+
+
 def test_the_base_models_weights_do_not_change(any_model: TorchLanguageModel) -> None:
     before = weights_digest(any_model)
     tuned(any_model, [SENTIMENT, COPY], replace(QUICK, steps=3))
@@ -122,7 +170,7 @@ def test_a_tuned_prompt_serves_as_it_was_measured(model: TorchLanguageModel) -> 
 class Float32Model(Seq2SeqLanguageModel):
     """Computes gradients in float32 also where the CPU would do so in bfloat16."""
 
-    def copy_for_gradients(self) -> Float32Model:
+    def copy_for_gradients(self, precision: str = "auto") -> Float32Model:
         return self
 
 
@@ -295,6 +343,14 @@ def test_every_initialisation_can_be_tuned(model: TorchLanguageModel, kind: str)
         {"warmup_steps": -1},
         {"patience": 0},
         {"initialisation": "magic"},
+        {"method": "magic"},
+        {"schedule": "magic"},
+        {"precision": "int8"},
+        {"reparametrisation": "magic"},
+        {"seeds": 0},
+        {"bottleneck": 0},
+        {"clip_norm": -1.0},
+        {"micro_batch_positions": -1},
     ],
 )
 def test_settings_that_make_no_sense_are_refused(
@@ -365,3 +421,159 @@ def test_the_embedded_base_model_learns_a_shipped_example_task() -> None:
     scores = tuned(base, [job], settings)["news"].scores
     assert scores["prompt"] >= 0.7
     assert scores["prompt"] > max(scores["majority"], scores["no_prompt"])
+
+
+# ---- what can be configured
+
+
+def test_a_residual_prompt_starts_as_the_prompt_and_is_kept_folded(
+    model: TorchLanguageModel,
+) -> None:
+    settings = replace(QUICK, reparametrisation="residual", learning_rate=0.01)
+    plain = tuned(model, [SENTIMENT], replace(settings, reparametrisation="none"))["sentiment"]
+    result = tuned(model, [SENTIMENT], settings)["sentiment"]
+    assert result.values.shape == plain.values.shape
+    assert result.losses[0] == pytest.approx(plain.losses[0])
+    assert result.losses[1:] != plain.losses[1:]
+    assert np.mean(result.losses[-5:]) < np.mean(result.losses[:5])
+    # What is kept is all there is to it: it answers as it was measured.
+    [quality] = measure(
+        model, [Trial(torch.tensor(result.values), SENTIMENT.labels, SENTIMENT.validation)]
+    )
+    assert quality.score == result.scores["prompt"]
+
+
+def test_the_residual_network_is_zero_at_first_and_gets_its_gradient() -> None:
+    start = torch.randn(3, 8)
+    parameters = PromptParameters(start, "residual", 4, seed=1)
+    parameters.follow()
+    assert torch.equal(parameters.prompt.detach(), start)
+    parameters.prompt.grad = torch.ones(3, 8)
+    parameters.take_gradient(0.0)
+    base, _, _, up, bias = parameters.trained
+    assert base.grad is not None
+    assert bias.grad is not None
+    assert torch.equal(bias.grad, torch.full((8,), 3.0))
+    assert up.grad is not None
+    assert up.grad.abs().sum() > 0
+    with torch.no_grad():
+        bias += 1
+    parameters.follow()
+    torch.testing.assert_close(parameters.prompt.detach(), start + 1)
+
+
+def test_a_tasks_gradient_is_cut_to_its_length() -> None:
+    parameters = PromptParameters(torch.zeros(2, 2), "none", 1, seed=0)
+    parameters.prompt.grad = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
+    parameters.take_gradient(0.0)
+    assert float(parameters.prompt.grad.norm()) == pytest.approx(5)
+    parameters.take_gradient(1.0)
+    assert float(parameters.prompt.grad.norm()) == pytest.approx(1, rel=1e-3)
+
+
+def test_of_several_seeds_the_best_on_the_validation_rows_is_kept(
+    model: TorchLanguageModel,
+) -> None:
+    settings = replace(QUICK, initialisation="random", steps=3, validations=3)
+    alone = [tuned(model, [COPY], replace(settings, seed=5 + k))["copy"] for k in range(3)]
+    together = tuned(model, [COPY], replace(settings, seed=5, seeds=3))["copy"]
+    best = min(alone, key=lambda result: (-result.scores["prompt"], result.validation_loss))
+    assert together.settings["seed"] == best.settings["seed"]
+    assert together.validation_loss == pytest.approx(best.validation_loss, rel=1e-3)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_the_rate_follows_its_schedule(model: TorchLanguageModel, schedule: str) -> None:
+    settings = replace(QUICK, steps=3, schedule=schedule, precision="float32")  # type: ignore[arg-type]
+    assert tuned(model, [SENTIMENT], settings)["sentiment"].settings["schedule"] == schedule
+
+
+class SmallMemory(Float32Model):
+    """Runs out of memory wherever a gradient needs more than `room` rows at once."""
+
+    room = 3
+    passes: list[int]
+
+    def log_likelihoods(
+        self, rows: Sequence[Row], candidates: Sequence[Sequence[Sequence[int]]]
+    ) -> list[Tensor]:
+        if len(rows) > self.room:
+            raise torch.OutOfMemoryError("out of memory")
+        if torch.is_grad_enabled():
+            self.passes.append(len(rows))
+        return super().log_likelihoods(rows, candidates)
+
+
+def test_micro_batches_give_the_same_gradient(model: TorchLanguageModel) -> None:
+    exact = with_class(model, Float32Model)
+    settings = replace(QUICK, steps=4)
+    whole = tuned(exact, [SENTIMENT], settings)["sentiment"]
+    pieces = tuned(exact, [SENTIMENT], replace(settings, micro_batch_positions=30))["sentiment"]
+    np.testing.assert_allclose(pieces.losses, whole.losses, rtol=1e-3)
+
+
+def test_full_memory_means_smaller_micro_batches_said_aloud_and_the_same_result(
+    model: TorchLanguageModel,
+) -> None:
+    settings = replace(QUICK, steps=4)
+    whole = tuned(with_class(model, Float32Model), [SENTIMENT], settings)["sentiment"]
+    small = with_class(model, SmallMemory)
+    small.passes = []  # type: ignore[attr-defined]
+    said: list[str] = []
+    results = tune(small, [SENTIMENT], settings, lambda task, stage, *_: said.append(stage))
+    result = results["sentiment"]
+    assert isinstance(result, TunedPrompt)
+    np.testing.assert_allclose(result.losses, whole.losses, rtol=1e-3)
+    assert result.scores == whole.scores
+    warnings = [stage for stage in said if "memory is full: micro-batches of" in stage]
+    assert 1 <= len(warnings) <= 3  # once halved, it stays so
+    assert sum(small.passes) == settings.steps * settings.rows_per_step  # type: ignore[attr-defined]
+
+
+def test_memory_for_not_even_one_row_is_refused_with_a_remedy(
+    model: TorchLanguageModel,
+) -> None:
+    class NoMemory(Float32Model):
+        def log_likelihoods(
+            self, rows: Sequence[Row], candidates: Sequence[Sequence[Sequence[int]]]
+        ) -> list[Tensor]:
+            if torch.is_grad_enabled():
+                raise torch.OutOfMemoryError("out of memory")
+            return super().log_likelihoods(rows, candidates)
+
+    with pytest.raises(IncompatibleModelError, match="full with one row"):
+        tune(with_class(model, NoMemory), [SENTIMENT], QUICK)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_gradients_are_computed_in_the_precision_that_was_asked_for(
+    model: TorchLanguageModel, precision: str
+) -> None:
+    learner = model.copy_for_gradients(precision)
+    assert str(learner.embedding.dtype) == f"torch.{precision}"
+    assert model.embedding.dtype == torch.float32
+    assert (learner is model) == (precision == "float32")
+    settings = replace(QUICK, steps=2, precision=precision)  # type: ignore[arg-type]
+    assert tuned(model, [SENTIMENT], settings)["sentiment"].values.dtype == np.float32
+
+
+def test_settings_by_name_keep_what_suits_the_method() -> None:
+    assert tuning_settings({}) == TuningSettings()
+    assert tuning_settings({"method": "prefix"}).learning_rate == 0.03
+    given = tuning_settings({"method": "prefix", "learning_rate": 1, "clip_norm": 0.5})
+    assert (given.learning_rate, given.clip_norm, given.method) == (1, 0.5, "prefix")
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"lenght": 3}, "tuning setting: lenght; the settings are length, "),
+        ({"length": 2.5}, "tuning setting length: 2.5; give a whole number"),
+        ({"length": True}, "give a whole number"),
+        ({"clip_norm": "1"}, "give a number"),
+        ({"schedule": 3}, "give a text"),
+    ],
+)
+def test_a_setting_that_is_none_is_refused(given: dict[str, object], problem: str) -> None:
+    with pytest.raises(InvalidInputError, match=problem):
+        tuning_settings(given)

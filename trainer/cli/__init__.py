@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from trainer.cli import comparing, demo, evaluation, operating, registering, serving, tasks
+from trainer.cli import (
+    base_models,
+    comparing,
+    demo,
+    evaluation,
+    exchanging,
+    inspecting,
+    operating,
+    registering,
+    serving,
+    tasks,
+)
 from trainer.cli.console import quiet_libraries
 
 app = typer.Typer(
@@ -40,11 +51,14 @@ def _options(
 
 registering.add_to(app)
 tasks.add_to(app)
+inspecting.add_to(app)
+exchanging.add_to(app)
 operating.add_to(app)
 serving.add_to(app)
 demo.add_to(app)
 comparing.add_to(evaluation.app)
 app.add_typer(evaluation.app, name="evaluate")
+app.add_typer(base_models.app, name="base")
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +11,7 @@ import typer
 
 from router.errors import InvalidInputError
 from router.settings import DEFAULT_BASE_MODEL, DEFAULT_ENCODER
+from router.tasks import PromptMethod
 from trainer.cli.console import (
     AsJson,
     BaseModel,
@@ -47,6 +48,8 @@ class _Tuning:
     learning_rate: float | None
     initialisation: Initialisation | None
     seed: int | None
+    seeds: int | None
+    method: PromptMethod | None
 
 
 def add_to(app: typer.Typer) -> None:
@@ -60,7 +63,19 @@ def register(
         Path | None, typer.Option(help="Labelled rows: .jsonl, .jsonl.gz, .csv or .parquet.")
     ] = None,
     manifest: Annotated[
-        Path | None, typer.Option(help="A YAML file that lists several tasks, tuned together.")
+        Path | None,
+        typer.Option(
+            help="A YAML file that lists several tasks, tuned together; its key `tuning` may hold "
+            "any setting of docs/prompts.md."
+        ),
+    ] = None,
+    prompt_from: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Take the prompt of this PEFT folder (prompt tuning; of a causal model, prefix "
+            "tuning too) instead of tuning one.",
+        ),
     ] = None,
     description: Annotated[str, typer.Option(help="What the task is, for people.")] = "",
     instruction: Annotated[
@@ -96,12 +111,30 @@ def register(
         ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Tuning steps at most.")] = None,
+    method: Annotated[
+        PromptMethod | None,
+        typer.Option(
+            help="prompt: vectors before the input (the smallest). prefix: keys and values for "
+            "every layer of the base model, where it allows that."
+        ),
+    ] = None,
     length: Annotated[int | None, typer.Option(help="Virtual tokens of the prompt.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of the tuning.")] = None,
     initialisation: Annotated[
         Initialisation | None, typer.Option(help="What the soft prompt starts from.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the tuning.")] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(help="Tune with so many seeds, and keep the best on the validation rows."),
+    ] = None,
+    checkpoint_seconds: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Keep the state of tuning so often: the same command after a kill goes on there.",
+        ),
+    ] = 60.0,
     head: Annotated[
         str | None, typer.Option(help="Set the catalog's head: lda or nearest-mean.")
     ] = None,
@@ -125,7 +158,7 @@ def register(
     with errors_for_people(as_json):
         from trainer.commands import PolicyChange, RegisterTask
         from trainer.data import Fields
-        from trainer.manifest import read_manifest
+        from trainer.manifest import read_manifest, read_tuning
 
         if (manifest is None) == (name is None):
             raise InvalidInputError(
@@ -135,7 +168,9 @@ def register(
             )
         if manifest is not None:
             requests: Sequence[RegisterTask] = read_manifest(manifest)
+            in_manifest = read_tuning(manifest)
         else:
+            in_manifest = {}
             if data is None or name is None:
                 raise InvalidInputError("--data", "missing", "give a file of labelled rows")
             requests = [
@@ -150,6 +185,7 @@ def register(
                     drop_duplicates=drop_duplicates,
                     revise=revise,
                     force=force,
+                    prompt_from=prompt_from,
                 )
             ]
         result = _register(
@@ -158,8 +194,10 @@ def register(
             base_model,
             requests,
             PolicyChange(head=head, false_reject_rate=false_reject_rate),
-            _Tuning(steps, length, learning_rate, initialisation, seed),
+            in_manifest,
+            _Tuning(steps, length, learning_rate, initialisation, seed, seeds, method),
             gate_limit,
+            checkpoint_seconds,
         )
         _print_registered(result, as_json)
 
@@ -170,8 +208,10 @@ def _register(
     base_model: str | None,
     requests: Sequence[RegisterTask],
     change: PolicyChange,
+    in_manifest: Mapping[str, object],
     tuning: _Tuning,
     gate_limit: float | None,
+    checkpoint_seconds: float,
 ) -> Registered:
     from trainer.admission import Registered, check_writable, refused_at_once
 
@@ -184,19 +224,11 @@ def _register(
     from router.bootstrap import load_base_model, load_encoder
     from trainer.gate import DEFAULT_GATE_LIMIT
     from trainer.register import register as register_tasks
-    from trainer.tuning import TuningSettings
+    from trainer.tuning_options import tuning_settings
     from trainer.workshop import Workshop
 
-    default = TuningSettings()
-    settings = TuningSettings(
-        steps=default.steps if tuning.steps is None else tuning.steps,
-        length=default.length if tuning.length is None else tuning.length,
-        learning_rate=(
-            default.learning_rate if tuning.learning_rate is None else tuning.learning_rate
-        ),
-        initialisation=tuning.initialisation or default.initialisation,
-        seed=default.seed if tuning.seed is None else tuning.seed,
-    )
+    flags = {key: value for key, value in asdict(tuning).items() if value is not None}
+    settings = tuning_settings({**in_manifest, **flags})
     wants_prompts = any(request.with_prompt for request in requests)
     with Workshop(folder, load_encoder(encoder)) as workshop:
         model = load_base_model(base_model) if wants_prompts else None
@@ -209,6 +241,7 @@ def _register(
                 change,
                 progress,
                 DEFAULT_GATE_LIMIT if gate_limit is None else gate_limit,
+                checkpoint_seconds,
             )
 
 

@@ -69,7 +69,7 @@ def list_tasks(
                     record.revision,
                     record.data.rows,
                     "-" if record.prompt is None else _outputs(record),
-                    f"{record.prompt.tokens} tokens" if record.prompt else "none",
+                    _prompt(record),
                     f"{record.prompt.scores['prompt']:.1%}" if record.prompt else "-",
                     "live" if record.name in live else "retired",
                 ]
@@ -77,6 +77,13 @@ def list_tasks(
             ],
             title=f"catalog revision {revision}: {len(live)} live tasks",
         )
+
+
+def _prompt(record: TaskRecord) -> str:
+    if record.prompt is None:
+        return "none"
+    tokens = f"{record.prompt.tokens} tokens"
+    return tokens if record.prompt.method == "prompt" else f"{tokens} ({record.prompt.method})"
 
 
 def show(
@@ -90,15 +97,12 @@ def show(
     """Show everything that the catalog knows of a task."""
     with errors_for_people(as_json):
         from router.catalog import CatalogReader
-        from router.errors import TaskNotFoundError
-        from router.tasks import TaskKey
+        from trainer.cli.chosen_task import chosen_record
 
         with CatalogReader(home_folder(home)) as catalog:
+            record = chosen_record(catalog, name, revision)
             history = catalog.history(name)
-            if not history:
-                raise TaskNotFoundError("task", name, "list the tasks with `promptyard list`")
             live = history[-1][1]
-            record = catalog.record(TaskKey(name, revision or live or catalog.newest_record(name)))
             head = catalog.revision(catalog.newest_revision())
         document = {
             **asdict(record),

@@ -1,0 +1,98 @@
+"""Gradients of many rows, added up in micro-batches that fit the memory of the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from router.backends.rows import Row, batches
+from router.backends.torch_model import TorchLanguageModel
+from router.errors import IncompatibleModelError
+
+_MAX_POSITIONS = {"cpu": 2048, "cuda": 32_768}
+# Padding that costs less than the fixed work of one more forward and backward pass.
+_MAX_PADDING = {"cpu": 96, "cuda": 8192}
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRow:
+    """One row of a step, and how much its loss counts. The first of `candidates` is right."""
+
+    row: Row
+    candidates: Sequence[tuple[int, ...]]
+    weight: float
+
+
+class MicroBatches:
+    """Adds the gradients of rows to their prompts, batch by batch of similar length.
+
+    A batch takes at most `positions` (0: what suits the device). Where the device's memory is full,
+    that is halved for good, and `say` is told.
+    """
+
+    def __init__(
+        self, model: TorchLanguageModel, positions: int, say: Callable[[str], None]
+    ) -> None:
+        kind = model.device.type
+        self._model = model
+        self._say = say
+        self._positions = positions or _MAX_POSITIONS.get(kind, _MAX_POSITIONS["cuda"])
+        self._padding = _MAX_PADDING.get(kind, _MAX_PADDING["cuda"])
+
+    def add(self, rows: Sequence[TrainingRow]) -> list[float]:
+        """Add the gradient of each row's weighted loss to its prompt; the losses, unweighted.
+
+        Raises:
+            IncompatibleModelError: the device's memory cannot hold a single row.
+        """
+        losses: dict[int, float] = {}
+        while waiting := [i for i in range(len(rows)) if i not in losses]:
+            lengths = [len(rows[i].row) for i in waiting]
+            for batch in batches(lengths, self._positions, self._padding):
+                chosen = [waiting[place] for place in batch]
+                found = self._add_if_it_fits([rows[i] for i in chosen])
+                if found is None:
+                    self._halve(len(chosen) * max(lengths[place] for place in batch), len(chosen))
+                    break
+                losses.update(zip(chosen, found, strict=True))
+        return [losses[i] for i in range(len(rows))]
+
+    def _add_if_it_fits(self, rows: Sequence[TrainingRow]) -> list[float] | None:
+        try:
+            losses = row_losses(self._model, rows)
+            weights = losses.new_tensor([row.weight for row in rows])
+            prompts = {id(p): p for row in rows if (p := row.row.prompt) is not None}
+            # Whole or not at all: half a batch's gradient must not stay where memory ran out.
+            found = torch.autograd.grad((losses * weights).sum(), list(prompts.values()))
+        except torch.OutOfMemoryError:
+            return None
+        for prompt, gradient in zip(prompts.values(), found, strict=True):
+            prompt.grad = gradient if prompt.grad is None else prompt.grad + gradient
+        return list(losses.tolist())
+
+    def _halve(self, positions: int, rows: int) -> None:
+        torch.cuda.empty_cache()
+        if rows == 1:
+            raise IncompatibleModelError(
+                "memory of the device",
+                f"full with one row of {positions} positions",
+                "shorten the inputs or the prompt, or take a smaller base model",
+            )
+        self._positions = positions // 2
+        self._say(f"memory is full: micro-batches of {self._positions} positions from here on")
+
+
+def row_losses(model: TorchLanguageModel, rows: Sequence[TrainingRow]) -> Tensor:
+    """Loss per row `[B]`: to write the right output, and to prefer it to the other labels.
+
+    The second term is cross-entropy over the labels' scores, which is what answers are chosen by;
+    without it a prompt learns how often labels occur sooner than how to tell them apart. It is
+    zero where the outputs are free text.
+    """
+    scores = model.log_likelihoods([row.row for row in rows], [row.candidates for row in rows])
+    right = torch.stack([of_row[0] for of_row in scores])
+    preferred = torch.stack([of_row.log_softmax(0)[0] for of_row in scores])
+    return -(right + preferred)
