@@ -18,6 +18,27 @@ class Outcome(enum.Enum):
     UNKNOWN = "unknown"
 
 
+class Use(enum.Enum):
+    """Why a task is used for an input, or why none is."""
+
+    MATCHED = "matched"
+    BEST_OF_AMBIGUOUS = "best_of_ambiguous"
+    FALLBACK = "fallback"
+    BEST_ANYWAY = "best_anyway"
+    NAMED = "named"
+    ABSTAINED = "abstained"
+    FALLBACK_MISSING = "fallback_missing"
+    NO_TASKS = "no_tasks"
+
+
+USE_WITHOUT_POLICY = {
+    Outcome.MATCHED: Use.MATCHED,
+    Outcome.AMBIGUOUS: Use.BEST_OF_AMBIGUOUS,
+    Outcome.UNKNOWN: Use.ABSTAINED,
+}
+"""What a decision says before any rejection policy is applied to it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """One task that was considered. A higher score is a better fit."""
@@ -32,7 +53,8 @@ class Decision:
     """The verdict on one text at one catalog revision.
 
     `score`, `threshold` and `margin` are those of the best candidate, also where the outcome is
-    `UNKNOWN`; `task` is None then. `candidates` are best first.
+    `UNKNOWN`; `task` is None then. `candidates` are best first. `used` is the task to answer
+    under, for the reason `use`: `task`, unless a rejection policy names one for an unknown input.
     """
 
     outcome: Outcome
@@ -43,6 +65,8 @@ class Decision:
     revision: int
     truncated: bool
     candidates: tuple[Candidate, ...] = ()
+    used: TaskKey | None = None
+    use: Use = Use.ABSTAINED
 
 
 def decide(
@@ -68,13 +92,16 @@ def decide(
         outcome = Outcome.AMBIGUOUS
     else:
         outcome = Outcome.MATCHED
+    task = None if outcome is Outcome.UNKNOWN else best.task
     return Decision(
         outcome,
-        None if outcome is Outcome.UNKNOWN else best.task,
+        task,
         best.score,
         margin,
         best.threshold,
         revision,
         truncated,
         tuple(candidates[:top_k]),
+        task,
+        USE_WITHOUT_POLICY[outcome],
     )

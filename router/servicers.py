@@ -32,6 +32,7 @@ from router.wire import (
     Unreadable,
     answer_message,
     decision_message,
+    rejection_value,
     stream_error_message,
     task_message,
     timestamp,
@@ -65,7 +66,8 @@ class RouterServicer(RouterServiceServicer):
         self, request: messages.RouteRequest, context: Context
     ) -> messages.RouteResponse:
         """One text, one decision."""
-        decision = await self._router.route(request.text, request.top_k)
+        policy = rejection_value(request.on_unknown)
+        decision = await self._router.route(request.text, request.top_k, policy)
         return messages.RouteResponse(
             decision=decision_message(decision), revision=decision.revision
         )
@@ -74,7 +76,8 @@ class RouterServicer(RouterServiceServicer):
         self, request: messages.BatchRouteRequest, context: Context
     ) -> messages.BatchRouteResponse:
         """Many texts at one revision."""
-        decisions = await self._router.route_batch(request.texts, request.top_k)
+        policy = rejection_value(request.on_unknown)
+        decisions = await self._router.route_batch(request.texts, request.top_k, policy)
         return messages.BatchRouteResponse(
             decisions=[decision_message(decision) for decision in decisions],
             revision=decisions[0].revision,
@@ -118,6 +121,7 @@ class RouterServicer(RouterServiceServicer):
             context=request.context,
             max_output_tokens=request.max_output_tokens,
             top_k=request.top_k,
+            on_unknown=rejection_value(request.on_unknown),
         )
         revision = 0
         async with aclosing(events):
@@ -189,7 +193,8 @@ class RouterServicer(RouterServiceServicer):
         try:
             if isinstance(request, Unreadable):
                 raise request.error
-            decision = await self._router.route(request.text, request.top_k)
+            policy = rejection_value(request.on_unknown)
+            decision = await self._router.route(request.text, request.top_k, policy)
         except PromptyardError as error:
             return messages.StreamRouteResponse(
                 error=stream_error_message(error),

@@ -10,11 +10,12 @@ from pathlib import Path
 from router.background import measure_background
 from router.catalog import ARTIFACTS_FOLDER, HEADS_FOLDER
 from router.compiling import HEAD_KINDS, changed_decisions, compile_head
-from router.errors import CorruptArtifactError, InvalidInputError
+from router.errors import CorruptArtifactError, InvalidInputError, TaskNotFoundError
 from router.fitting import Background
 from router.head import Head, empty_head
 from router.interfaces import Encoder
 from router.loading import check_encoder, read_statistics
+from router.rejection import RejectionPolicy
 from router.statistics import PooledMoments, TaskStatistics
 from router.tasks import Policy, TaskKey, TaskRecord
 from trainer.artifact_writer import ArtifactWriter
@@ -91,6 +92,8 @@ class Workshop:
             policy = replace(policy, false_reject_rate=change.false_reject_rate)
         if change.ambiguous_rate is not None:
             policy = replace(policy, ambiguous_rate=change.ambiguous_rate)
+        if change.on_unknown is not None:
+            policy = replace(policy, on_unknown=str(change.on_unknown))
         if policy.head not in HEAD_KINDS:
             raise InvalidInputError("head", policy.head, f"choose one of {', '.join(HEAD_KINDS)}")
         for name in ("false_reject_rate", "ambiguous_rate"):
@@ -116,6 +119,7 @@ class Workshop:
 
         Raises:
             InterferenceError: a record takes too much of an old task, and is not forced.
+            TaskNotFoundError: `change` falls back to a task that would not be live.
         """
         try:
             published = self._publish(action, records, live, change, gate_limit)
@@ -146,6 +150,8 @@ class Workshop:
                 tasks.pop(name, None)
                 if revision is not None:
                     tasks[name] = TaskKey(name, revision)
+            if change is not None and change.on_unknown is not None:
+                _check_fallback(change.on_unknown, tasks)
             self._pool.update(self._task_statistics(key, new) for key in tasks.values())
             head = compile_head(
                 self._pool,
@@ -226,3 +232,10 @@ class Workshop:
         if old not in recent:
             with contextlib.suppress(OSError):
                 self._heads.path(old).unlink()
+
+
+def _check_fallback(policy: RejectionPolicy, live: Mapping[str, TaskKey]) -> None:
+    if not policy.is_served(live):
+        raise TaskNotFoundError(
+            "fallback task", policy.fallback_task, "name a live task; `promptyard list` has them"
+        )

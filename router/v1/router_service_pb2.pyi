@@ -36,7 +36,7 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     FINISH_REASON_LABEL: _FinishReason.ValueType  # 3
     """FINISH_REASON_LABEL means that the answer is the most probable of the task's closed labels."""
     FINISH_REASON_NO_TASK: _FinishReason.ValueType  # 4
-    """FINISH_REASON_NO_TASK means that no task fits, so that there is no answer."""
+    """FINISH_REASON_NO_TASK means that no task fits and none is used, so that there is no answer."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
     """FinishReason says why an answer ended."""
@@ -50,7 +50,7 @@ FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
 FINISH_REASON_LABEL: FinishReason.ValueType  # 3
 """FINISH_REASON_LABEL means that the answer is the most probable of the task's closed labels."""
 FINISH_REASON_NO_TASK: FinishReason.ValueType  # 4
-"""FINISH_REASON_NO_TASK means that no task fits, so that there is no answer."""
+"""FINISH_REASON_NO_TASK means that no task fits and none is used, so that there is no answer."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
@@ -61,19 +61,25 @@ class RouteRequest(_message.Message):
 
     TEXT_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
+    ON_UNKNOWN_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """text is the input: not empty, at most `max_text_bytes` of GetStatus in UTF-8."""
     top_k: _builtins.int
     """top_k is how many candidates to return; 0 for none."""
+    @_builtins.property
+    def on_unknown(self) -> _decision_pb2.RejectionPolicy:
+        """on_unknown says which task is used for a text that fits none; absent: as the catalog says."""
+
     def __init__(
         self,
         *,
         text: _builtins.str = ...,
         top_k: _builtins.int = ...,
+        on_unknown: _decision_pb2.RejectionPolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["on_unknown", b"on_unknown"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["text", b"text", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["on_unknown", b"on_unknown", "text", b"text", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -115,21 +121,27 @@ class BatchRouteRequest(_message.Message):
 
     TEXTS_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
+    ON_UNKNOWN_FIELD_NUMBER: _builtins.int
     top_k: _builtins.int
     """top_k is how many candidates to return for each text; 0 for none."""
     @_builtins.property
     def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """texts are the inputs: at least one, at most `max_batch_texts` of GetStatus."""
 
+    @_builtins.property
+    def on_unknown(self) -> _decision_pb2.RejectionPolicy:
+        """on_unknown says which task is used for a text that fits none; absent: as the catalog says."""
+
     def __init__(
         self,
         *,
         texts: _abc.Iterable[_builtins.str] | None = ...,
         top_k: _builtins.int = ...,
+        on_unknown: _decision_pb2.RejectionPolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["on_unknown", b"on_unknown"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["texts", b"texts", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["on_unknown", b"on_unknown", "texts", b"texts", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -172,22 +184,28 @@ class StreamRouteRequest(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
     ID_FIELD_NUMBER: _builtins.int
+    ON_UNKNOWN_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """text is the input, as in RouteRequest."""
     top_k: _builtins.int
     """top_k is how many candidates to return; 0 for none."""
     id: _builtins.str
     """id is the caller's own, echoed in the response."""
+    @_builtins.property
+    def on_unknown(self) -> _decision_pb2.RejectionPolicy:
+        """on_unknown says which task is used for a text that fits none; absent: as the catalog says."""
+
     def __init__(
         self,
         *,
         text: _builtins.str = ...,
         top_k: _builtins.int = ...,
         id: _builtins.str = ...,
+        on_unknown: _decision_pb2.RejectionPolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["on_unknown", b"on_unknown"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "text", b"text", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "on_unknown", b"on_unknown", "text", b"text", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -274,6 +292,7 @@ class GenerateRequest(_message.Message):
     CONTEXT_FIELD_NUMBER: _builtins.int
     MAX_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
+    ON_UNKNOWN_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """text is the input, as in RouteRequest."""
     task: _builtins.str
@@ -286,6 +305,10 @@ class GenerateRequest(_message.Message):
     def context(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """context are retrieved passages to answer from, best first. They are not used for routing."""
 
+    @_builtins.property
+    def on_unknown(self) -> _decision_pb2.RejectionPolicy:
+        """on_unknown says which task is used for a text that fits none; absent: as the catalog says."""
+
     def __init__(
         self,
         *,
@@ -294,10 +317,11 @@ class GenerateRequest(_message.Message):
         context: _abc.Iterable[_builtins.str] | None = ...,
         max_output_tokens: _builtins.int = ...,
         top_k: _builtins.int = ...,
+        on_unknown: _decision_pb2.RejectionPolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["on_unknown", b"on_unknown"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "max_output_tokens", b"max_output_tokens", "task", b"task", "text", b"text", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "max_output_tokens", b"max_output_tokens", "on_unknown", b"on_unknown", "task", b"task", "text", b"text", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

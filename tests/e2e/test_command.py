@@ -30,6 +30,7 @@ TASKS = {
 COMMANDS = [
     *("register", "list", "show", "retire", "restore", "rollback", "serve", "route", "generate"),
     *("status", "token", "demo", "evaluate routing", "evaluate answers", "evaluate stream"),
+    *("policy show", "policy set"),
 ]
 
 
@@ -93,6 +94,56 @@ def test_a_task_can_be_retired_and_restored(home: Path) -> None:
         document(promptyard(action, "banking", "--home", home, "--json"))
         tasks = document(promptyard("list", "--home", home, "--json"))["tasks"]
         assert {task["name"] for task in tasks} == live
+
+
+def test_a_policy_is_set_for_the_catalog_or_for_one_call(home: Path, address: str) -> None:
+    def used(*flags: str) -> tuple[str, str | None, str]:
+        text = "who was the third king of france"
+        [decision] = document(promptyard("route", text, "--home", home, "--json", *flags))
+        return decision["outcome"], decision["used_task"], decision["use"]
+
+    assert used() == ("unknown", None, "abstained")
+    set_to = promptyard("policy", "set", "--on-unknown", "fallback:weather", "--home", home)
+    assert set_to.exit_code == 0, set_to.output
+    shown = document(promptyard("policy", "show", "--home", home, "--json"))
+    assert (shown["on_unknown"], shown["fallback_missing"]) == ("fallback:weather", False)
+    assert used() == ("unknown", "weather", "fallback")
+    assert used("--on-unknown", "abstain") == ("unknown", None, "abstained")
+    assert used("--on-unknown", "fallback:banking") == ("unknown", "banking", "fallback")
+    retired = promptyard("retire", "weather", "--home", home)
+    assert "what the catalog's policy falls back to" in retired.stderr.replace("\n", " ")
+    assert used() == ("unknown", None, "fallback_missing")
+    assert "weather is not live" in promptyard("policy", "show", "--home", home).stdout
+    document(promptyard("restore", "weather", "--home", home, "--json"))
+    document(promptyard("policy", "set", "--on-unknown", "abstain", "--home", home, "--json"))
+    assert used() == ("unknown", None, "abstained")
+
+
+def test_a_policy_goes_to_the_server_with_the_call(address: str) -> None:
+    flags = ("--on-unknown", "fallback:weather", "--server", address, "--json")
+    [answer] = document(promptyard("generate", "snow on tax law", *flags))
+    assert (answer["outcome"], answer["used_task"]) == ("unknown", "weather")
+    assert answer["answer"] == "snow"
+    [decision] = document(promptyard("route", "snow on tax law", *flags))
+    assert (decision["task"], decision["used_task"]) == (None, "weather")
+
+
+@pytest.mark.parametrize(
+    ("flags", "field", "code"),
+    [
+        (("--on-unknown", "guess"), "--on-unknown", 2),
+        (("--on-unknown", "fallback:nobody"), "fallback task", 1),
+        (("--head", "guess"), "head", 2),
+        ((), "policy", 2),
+    ],
+)
+def test_a_policy_that_cannot_be_is_refused_by_field(
+    home: Path, flags: tuple[str, ...], field: str, code: int
+) -> None:
+    before = document(promptyard("policy", "show", "--home", home, "--json"))
+    result = promptyard("policy", "set", *flags, "--home", home, "--json")
+    assert document(result, exit_code=code)["error"]["field"] == field
+    assert document(promptyard("policy", "show", "--home", home, "--json")) == before
 
 
 def test_a_server_is_asked_where_one_is_named(address: str) -> None:

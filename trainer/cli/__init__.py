@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from trainer.cli import comparing, demo, evaluation, operating, registering, serving, tasks
+from trainer.cli import (
+    comparing,
+    demo,
+    evaluation,
+    operating,
+    policy,
+    registering,
+    serving,
+    tasks,
+)
 from trainer.cli.console import quiet_libraries
 
 app = typer.Typer(
@@ -45,6 +54,7 @@ serving.add_to(app)
 demo.add_to(app)
 comparing.add_to(evaluation.app)
 app.add_typer(evaluation.app, name="evaluate")
+app.add_typer(policy.app, name="policy")
 
 
 def main() -> None:

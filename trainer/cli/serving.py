@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from router.answer import AnswerEvent
     from router.client import ClientTls, RouterClient
     from router.decision import Decision
+    from router.rejection import RejectionPolicy
     from router.routing import Router
 
 Result = TypeVar("Result")
@@ -48,6 +49,15 @@ Result = TypeVar("Result")
 _SHOWN_CHARACTERS = 60
 
 Texts = Annotated[list[str], typer.Argument(metavar="TEXT...", help="One or more texts.")]
+
+OnUnknown = Annotated[
+    str | None,
+    typer.Option(
+        metavar="POLICY",
+        help="Task that is used for a text that fits none: abstain (none), best (the best-scoring "
+        "one) or fallback:TASK. Default: as the catalog says, see `promptyard policy show`.",
+    ),
+]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -60,6 +70,7 @@ def add_to(app: typer.Typer) -> None:
 def route(
     texts: Texts,
     top_k: Annotated[int, typer.Option(min=0, max=100, help="Candidates to list.")] = 0,
+    on_unknown: OnUnknown = None,
     server: Server = None,
     token: AccessToken = "",
     tls: UseTls = False,
@@ -72,16 +83,17 @@ def route(
 ) -> None:
     """Say which task each text belongs to, or that none fits."""
     with errors_for_people(as_json):
+        policy = _policy(on_unknown)
         if server is not None:
             decisions = _remote(
                 _server_at(server, token, tls, tls_ca, tls_cert, tls_key),
                 as_json,
-                lambda client: client.batch_route(texts, top_k),
+                lambda client: client.batch_route(texts, top_k, on_unknown=policy),
             )
         else:
             decisions = _in_process(
                 ServerSettings(home=home_folder(home), encoder=encoder, base_model=None),
-                lambda router: router.route_batch(texts, top_k),
+                lambda router: router.route_batch(texts, top_k, policy),
             )
         if as_json:
             print_json(
@@ -91,7 +103,7 @@ def route(
         print_table(
             ["input", "outcome", "task", "score", "margin", "threshold"],
             [
-                [_short(text), d.outcome.value, d.task or "-", d.score, d.margin, d.threshold]
+                [_short(text), d.outcome.value, _used(d), d.score, d.margin, d.threshold]
                 for text, d in zip(texts, decisions, strict=True)
             ],
             title=f"catalog revision {decisions[0].revision}",
@@ -112,6 +124,7 @@ def generate(
         list[str] | None, typer.Option(help="A retrieved passage to answer from; repeatable.")
     ] = None,
     max_output_tokens: Annotated[int, typer.Option(help="0: the default.")] = 0,
+    on_unknown: OnUnknown = None,
     server: Server = None,
     token: AccessToken = "",
     tls: UseTls = False,
@@ -126,6 +139,7 @@ def generate(
     """Route each text and answer it with the base model under the task's soft prompt."""
     with errors_for_people(as_json):
         passages = context or []
+        policy = _policy(on_unknown)
         if server is not None:
             answers = _remote(
                 _server_at(server, token, tls, tls_ca, tls_cert, tls_key),
@@ -133,7 +147,11 @@ def generate(
                 lambda client: [
                     list(
                         client.generate(
-                            text, task=task, context=passages, max_output_tokens=max_output_tokens
+                            text,
+                            task=task,
+                            context=passages,
+                            max_output_tokens=max_output_tokens,
+                            on_unknown=policy,
                         )
                     )
                     for text in texts
@@ -146,7 +164,11 @@ def generate(
                     [
                         event
                         async for event in router.generate(
-                            text, task=task, context=passages, max_output_tokens=max_output_tokens
+                            text,
+                            task=task,
+                            context=passages,
+                            max_output_tokens=max_output_tokens,
+                            on_unknown=policy,
                         )
                     ]
                     for text in texts
@@ -161,9 +183,12 @@ def generate(
             print_json(rows)
             return
         print_table(
-            ["input", "outcome", "task", "answer", "finish"],
+            ["input", "outcome", "task used", "answer", "finish"],
             [
-                [_short(str(r["text"])), r["outcome"], r["task"] or "-", r["answer"], r["finish"]]
+                [
+                    *(_short(str(r["text"])), r["outcome"], r["used_task"] or "-"),
+                    *(r["answer"], r["finish"]),
+                ]
                 for r in rows
             ],
         )
@@ -253,6 +278,9 @@ def _decision_fields(text: str, decision: Decision) -> dict[str, object]:
         "outcome": decision.outcome.value,
         "task": decision.task.name if decision.task else None,
         "task_revision": decision.task.revision if decision.task else None,
+        "used_task": decision.used.name if decision.used else None,
+        "used_task_revision": decision.used.revision if decision.used else None,
+        "use": decision.use.value,
         "score": _finite(decision.score),
         "margin": _finite(decision.margin),
         "threshold": _finite(decision.threshold),
@@ -282,6 +310,22 @@ def _answer_fields(text: str, events: Sequence[AnswerEvent]) -> dict[str, object
             "truncated": summaries[0].truncated,
         },
     }
+
+
+def _policy(text: str | None) -> RejectionPolicy | None:
+    from router.rejection import RejectionPolicy
+
+    return None if text is None else RejectionPolicy.parse(text, "--on-unknown")
+
+
+def _used(decision: Decision) -> str:
+    """The task that is used, and why where that does not follow from the outcome."""
+    from router.decision import USE_WITHOUT_POLICY
+
+    task = str(decision.used or "-")
+    if decision.use is USE_WITHOUT_POLICY[decision.outcome]:
+        return task
+    return f"{task} ({decision.use.value.replace('_', ' ')})"
 
 
 def _finite(value: float) -> float | None:

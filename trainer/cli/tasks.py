@@ -15,6 +15,7 @@ from trainer.cli.console import (
     AsJson,
     EncoderName,
     Home,
+    err,
     errors_for_people,
     home_folder,
     out,
@@ -121,10 +122,19 @@ def retire(
 ) -> None:
     """Take a task out of routing. Its records and files stay; `restore` brings it back."""
     with errors_for_people(as_json):
+        from router.rejection import RejectionPolicy
         from trainer import lifecycle
 
-        with _workshop(home, encoder) as workshop:
-            print_published(lifecycle.retire(workshop, name), as_json)
+        with open_workshop(home, encoder) as workshop:
+            published = lifecycle.retire(workshop, name)
+            print_published(published, as_json)
+            if RejectionPolicy.parse(workshop.policy().on_unknown).fallback_task == name:
+                err.print(
+                    f"{name} is what the catalog's policy falls back to: no task is used for an "
+                    "unknown input any more; see `promptyard policy set --on-unknown`",
+                    markup=False,
+                    highlight=False,
+                )
 
 
 def restore(
@@ -137,7 +147,7 @@ def restore(
     with errors_for_people(as_json):
         from trainer import lifecycle
 
-        with _workshop(home, encoder) as workshop:
+        with open_workshop(home, encoder) as workshop:
             print_published(lifecycle.restore(workshop, name), as_json)
 
 
@@ -154,12 +164,12 @@ def rollback(
     with errors_for_people(as_json):
         from trainer import lifecycle
 
-        with _workshop(home, encoder) as workshop:
+        with open_workshop(home, encoder) as workshop:
             print_published(lifecycle.rollback(workshop, name, to), as_json)
 
 
 @contextmanager
-def _workshop(home: Path | None, encoder: str) -> Iterator[Workshop]:
+def open_workshop(home: Path | None, encoder: str) -> Iterator[Workshop]:
     """The workshop of a catalog that exists."""
     from router.bootstrap import load_encoder
     from router.catalog import CatalogReader
