@@ -6,6 +6,7 @@ import enum
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from router.tasks import TaskKey
 
@@ -55,6 +56,8 @@ class Decision:
     `score`, `threshold` and `margin` are those of the best candidate, also where the outcome is
     `UNKNOWN`; `task` is None then. `candidates` are best first. `used` is the task to answer
     under, for the reason `use`: `task`, unless a rejection policy names one for an unknown input.
+    `probability` is that of the best candidate to be right, if the text belongs to a task at all;
+    None where the head knows none: it has a single task, or is of an older version.
     """
 
     outcome: Outcome
@@ -67,6 +70,14 @@ class Decision:
     candidates: tuple[Candidate, ...] = ()
     used: TaskKey | None = None
     use: Use = Use.ABSTAINED
+    probability: float | None = None
+
+
+class Calibration(Protocol):
+    """What a head knows of how often it is right."""
+
+    def of(self, score: float, margin: float) -> float:
+        """The probability that a best task of this score and margin is the right one."""
 
 
 def decide(
@@ -76,6 +87,7 @@ def decide(
     revision: int,
     truncated: bool = False,
     top_k: int = 0,
+    calibration: Calibration | None = None,
 ) -> Decision:
     """Decide from `candidates`, best first.
 
@@ -104,4 +116,5 @@ def decide(
         tuple(candidates[:top_k]),
         task,
         USE_WITHOUT_POLICY[outcome],
+        None if calibration is None else calibration.of(best.score, margin),
     )

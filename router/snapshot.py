@@ -77,6 +77,7 @@ class Snapshot:
                 revision=self.revision,
                 truncated=bool(truncated),
                 top_k=top_k,
+                calibration=self.head.probability,
             )
             for row_scores, row_tasks, truncated in zip(
                 scores, tasks, embeddings.truncated, strict=True

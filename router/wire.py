@@ -169,6 +169,7 @@ def decision_message(decision: Decision) -> decision_pb2.Decision:
             for candidate in decision.candidates
         ],
         use=_USES[decision.use],
+        probability=decision.probability,
     )
     if decision.task is not None:
         message.task = decision.task.name
@@ -200,6 +201,7 @@ def decision_value(message: decision_pb2.Decision) -> Decision:
         ),
         used=used,
         use=use,
+        probability=message.probability if message.HasField("probability") else None,
     )
 
 

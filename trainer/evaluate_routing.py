@@ -19,7 +19,7 @@ from router.loading import ServedModels, SnapshotLoader
 from router.snapshot import Snapshot
 from trainer import metrics
 from trainer.evaluation_rows import LabelledText
-from trainer.metrics import Interval, Percentiles, Separation, TaskFigures
+from trainer.metrics import Interval, Percentiles, Reliability, Separation, TaskFigures
 from trainer.register import Progress
 
 _EMBED_ROWS = 512
@@ -39,6 +39,7 @@ class RoutedText:
     margin: float
     threshold: float
     truncated: bool
+    probability: float | None = None
 
     @property
     def is_right(self) -> bool:
@@ -72,6 +73,7 @@ class RoutingError:
     score: float
     margin: float
     threshold: float
+    probability: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,8 @@ class RoutingFigures:
 
     `accuracy` is before rejection; `accuracy_with_rejection` counts a rejected row as wrong. The
     intervals are 95 % Wilson intervals. `outcomes` counts rows by outcome. `worst_errors` have the
-    highest score over their threshold: the router was surest of them.
+    highest score over their threshold: the router was surest of them. `calibration` compares the
+    probability of being right, before rejection, with being so; None where the head knows none.
     """
 
     rows: int
@@ -94,6 +97,7 @@ class RoutingFigures:
     outcomes: Mapping[str, int]
     truncated: int
     worst_errors: tuple[RoutingError, ...]
+    calibration: Reliability | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +196,7 @@ def decide(
             decision.margin,
             decision.threshold,
             decision.truncated,
+            decision.probability,
         )
         for row, decision in zip(rows, snapshot.decide(embeddings, top_k=1), strict=True)
     ]
@@ -224,6 +229,7 @@ def routing_figures(decisions: Sequence[RoutedText], tasks: Sequence[str]) -> Ro
         outcomes=_outcomes(in_scope),
         truncated=sum(routed.truncated for routed in decisions),
         worst_errors=tuple(_error(routed) for routed in wrong[:_LISTED_ERRORS]),
+        calibration=_calibration(in_scope),
     )
 
 
@@ -271,6 +277,14 @@ def _outcomes(decisions: Sequence[RoutedText]) -> dict[str, int]:
     return {outcome.value: counts[outcome] for outcome in Outcome}
 
 
+def _calibration(decisions: Sequence[RoutedText]) -> Reliability | None:
+    known = [r for r in decisions if r.probability is not None]
+    if not known:
+        return None
+    right = np.array([routed.is_right for routed in known])
+    return metrics.reliability([r.probability or 0.0 for r in known], right)
+
+
 def _error(routed: RoutedText) -> RoutingError:
     return RoutingError(
         routed.row.number,
@@ -281,4 +295,5 @@ def _error(routed: RoutedText) -> RoutingError:
         routed.score,
         routed.margin,
         routed.threshold,
+        routed.probability,
     )

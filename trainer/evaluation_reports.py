@@ -12,7 +12,7 @@ from trainer import metrics, plots
 from trainer.evaluate_answers import AnswerEvaluation, AnswerFigures
 from trainer.evaluate_routing import RejectFigures, RoutedText, RoutingEvaluation, RoutingFigures
 from trainer.evaluate_stream import Registration, StreamEvaluation
-from trainer.metrics import Interval
+from trainer.metrics import Interval, Reliability
 from trainer.report import Picture, Report, Table
 
 REPORT_FORMAT = 1
@@ -52,7 +52,7 @@ def routing_report(evaluation: RoutingEvaluation, source: str) -> Report:
         ),
         document=document,
         tables=(_summary(summary), *_routing_tables(figures)),
-        pictures=_routing_pictures(evaluation.decisions, evaluation.tasks),
+        pictures=_routing_pictures(evaluation.decisions, evaluation.tasks, figures),
         decisions=evaluation.decisions,
     )
 
@@ -144,7 +144,7 @@ def stream_report(evaluation: StreamEvaluation, source: str) -> Report:
         ),
         pictures=(
             *_stream_pictures(evaluation),
-            *_routing_pictures(evaluation.decisions, sorted(stream.order)),
+            *_routing_pictures(evaluation.decisions, sorted(stream.order), figures),
         ),
         decisions=evaluation.decisions,
     )
@@ -164,6 +164,10 @@ def _routing_summary(figures: RoutingFigures, reject: RejectFigures | None) -> l
         ["in-scope rows", str(figures.rows), outcomes],
         ["cut to the encoder's window", str(figures.truncated), "rows"],
     ]
+    if (calibration := figures.calibration) is not None:
+        error = _percent(calibration.expected_calibration_error)
+        brier = f"of the probability of being right; Brier score {calibration.brier_score:.4f}"
+        rows.insert(3, ["expected calibration error", error, brier])
     if reject is not None:
         by_threshold = reject.over_threshold
         outcomes = ", ".join(f"{rows} {name}" for name, rows in reject.outcomes.items())
@@ -209,7 +213,10 @@ def _routing_tables(figures: RoutingFigures) -> tuple[Table, ...]:
         ),
         Table(
             "Worst errors",
-            ("row", "input", "true task", "best task", "outcome", "score", "margin", "threshold"),
+            (
+                *("row", "input", "true task", "best task", "outcome"),
+                *("probability", "score", "margin", "threshold"),
+            ),
             [
                 [
                     str(error.number),
@@ -217,6 +224,7 @@ def _routing_tables(figures: RoutingFigures) -> tuple[Table, ...]:
                     error.task,
                     error.best,
                     error.outcome,
+                    "-" if error.probability is None else f"{error.probability:.3f}",
                     _number(error.score),
                     _number(error.margin),
                     _number(error.threshold),
@@ -228,7 +236,23 @@ def _routing_tables(figures: RoutingFigures) -> tuple[Table, ...]:
     )
 
 
-def _routing_pictures(decisions: Sequence[RoutedText], tasks: Sequence[str]) -> tuple[Picture, ...]:
+def _reliability_pictures(calibration: Reliability | None) -> tuple[Picture, ...]:
+    if calibration is None or not calibration.bins:
+        return ()
+    return (
+        Picture(
+            "Reliability",
+            "Share of in-scope rows whose best-scoring task is right, by the probability that was "
+            "given for it, in 15 bins, with 95 % intervals; below: how many rows each bin has. "
+            "On the line it is as good as its word; above it, better.",
+            plots.reliability_picture(calibration.bins),
+        ),
+    )
+
+
+def _routing_pictures(
+    decisions: Sequence[RoutedText], tasks: Sequence[str], figures: RoutingFigures
+) -> tuple[Picture, ...]:
     known = [routed for routed in decisions if routed.row.task is not None]
     number = {name: n for n, name in enumerate(tasks)}
     matrix = metrics.confusion(
@@ -246,6 +270,7 @@ def _routing_pictures(decisions: Sequence[RoutedText], tasks: Sequence[str]) -> 
             + _numbering(tasks, "in the order of their names"),
             plots.confusion_picture(matrix, tasks),
         ),
+        *_reliability_pictures(figures.calibration),
         Picture(
             "Scores",
             "How far the best task's score is over that task's threshold.",

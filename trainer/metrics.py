@@ -23,6 +23,7 @@ Numbers = NDArray[np.int64]
 # Two-sided 95 % of the standard normal distribution.
 _Z_95 = 1.959963984540054
 _TRUE_POSITIVE_RATE = 0.95
+_RELIABILITY_BINS = 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,31 @@ class Separation:
 
     auroc: float
     fpr_at_95_tpr: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReliabilityBin:
+    """Rows whose probability is in [low, high): the mean of it, and the share that is right.
+
+    `interval` is the 95 % Wilson interval of that share.
+    """
+
+    low: float
+    high: float
+    rows: int
+    mean_probability: float
+    right: float
+    interval: Interval
+
+
+@dataclass(frozen=True, slots=True)
+class Reliability:
+    """How far probabilities are from the shares of right rows; see `reliability`."""
+
+    rows: int
+    expected_calibration_error: float
+    brier_score: float
+    bins: tuple[ReliabilityBin, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +187,34 @@ def coverage_and_risk(scores: ArrayLike, right: NDArray[np.bool_]) -> tuple[Exac
     best_first = np.argsort(-np.asarray(scores, np.float64), kind="stable")
     answered = np.arange(1, len(best_first) + 1)
     return answered / max(len(best_first), 1), np.cumsum(~right[best_first]) / answered
+
+
+def reliability(probabilities: ArrayLike, right: NDArray[np.bool_]) -> Reliability:
+    """Compare probabilities `[N]` of being right with being `right` `[N]`.
+
+    The expected calibration error is the mean over rows of |share right - mean probability| of the
+    row's bin, of 15 bins of equal width (Naeini et al. 2015, AAAI; Guo et al. 2017,
+    arXiv:1706.04599); bins without rows are left out. The Brier score is the mean squared error.
+    NaN without rows.
+    """
+    values = np.asarray(probabilities, np.float64)
+    if not len(values):
+        return Reliability(0, math.nan, math.nan, ())
+    number = np.minimum((values * _RELIABILITY_BINS).astype(np.int64), _RELIABILITY_BINS - 1)
+    bins = [
+        ReliabilityBin(
+            low=each / _RELIABILITY_BINS,
+            high=(each + 1) / _RELIABILITY_BINS,
+            rows=int((number == each).sum()),
+            mean_probability=float(values[number == each].mean()),
+            right=float(right[number == each].mean()),
+            interval=wilson_interval(int(right[number == each].sum()), int((number == each).sum())),
+        )
+        for each in np.unique(number).tolist()
+    ]
+    gaps = [abs(each.right - each.mean_probability) * each.rows for each in bins]
+    brier = float(((values - right) ** 2).mean())
+    return Reliability(len(values), sum(gaps) / len(values), brier, tuple(bins))
 
 
 def stream_figures(matrix: ExactArray) -> StreamFigures:

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from router.interfaces import FloatArray
 from router.statistics import ExactArray
-from trainer.metrics import Numbers
+from trainer.metrics import Numbers, ReliabilityBin
 
 _DOTS_PER_INCH = 130
 _INK = "#1f2933"
@@ -101,6 +101,34 @@ def score_picture(
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     _label(axes, "score of the best task, over its threshold", "share of rows")
     axes.legend(frameon=False, fontsize=9, loc="upper left")
+    return _png(figure)
+
+
+def reliability_picture(bins: Sequence[ReliabilityBin]) -> bytes:
+    """A reliability diagram: right rows over their probability, and the rows of each bin."""
+    figure = Figure(figsize=(6.4, 5.6), layout="constrained", facecolor="white")
+    axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    for each in (axes, below):
+        each.grid(color=_GRID, lw=0.8)
+        each.set_axisbelow(True)
+        _quiet(each)
+    left = [each.low for each in bins]
+    width = bins[0].high - bins[0].low
+    axes.plot([0, 1], [0, 1], color=_QUIET, lw=1, ls="--")
+    x, right = np.array([(each.mean_probability, each.right) for each in bins]).T
+    ends = np.array([(each.interval.low, each.interval.high) for each in bins]).T
+    # Rounding may put an end on the other side of its share.
+    errors = np.maximum(np.abs(ends - right), 0)
+    axes.errorbar(x, right, yerr=errors, color=_FIRST, fmt="o", ms=5, elinewidth=1, alpha=0.9)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1.02)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    below.bar(left, [each.rows for each in bins], width, align="edge", color=_FIRST, alpha=0.55)
+    below.set_yscale("log")
+    below.set_ylim(0.7)
+    _label(axes, "", "right")
+    _label(below, "probability of being right", "rows")
     return _png(figure)
 
 

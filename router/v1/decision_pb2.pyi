@@ -145,6 +145,7 @@ class Decision(_message.Message):
     USED_TASK_FIELD_NUMBER: _builtins.int
     USED_TASK_REVISION_FIELD_NUMBER: _builtins.int
     USE_FIELD_NUMBER: _builtins.int
+    PROBABILITY_FIELD_NUMBER: _builtins.int
     outcome: Global___Outcome.ValueType
     """outcome is the verdict. `task` is set for MATCHED and AMBIGUOUS, and empty for UNKNOWN."""
     task: _builtins.str
@@ -169,6 +170,11 @@ class Decision(_message.Message):
     """used_task_revision is the revision of that task in the snapshot that decided."""
     use: Global___Use.ValueType
     """use says why that task is used, or why none is."""
+    probability: _builtins.float
+    """probability is that of the best task to be right, from 0 to 1, if the text belongs to one of
+    the tasks at all; whether it does is what `score` and `threshold` say. It is fitted on rows
+    that the tasks hold out. Absent where the catalog has a single task, and for a named task.
+    """
     @_builtins.property
     def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___Candidate]:
         """candidates are the best `top_k` tasks, best first, where the request asked for them."""
@@ -188,12 +194,15 @@ class Decision(_message.Message):
         used_task: _builtins.str = ...,
         used_task_revision: _builtins.int = ...,
         use: Global___Use.ValueType = ...,
+        probability: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_probability", b"_probability", "probability", b"probability"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "margin", b"margin", "outcome", b"outcome", "revision", b"revision", "score", b"score", "task", b"task", "task_revision", b"task_revision", "threshold", b"threshold", "truncated", b"truncated", "use", b"use", "used_task", b"used_task", "used_task_revision", b"used_task_revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_probability", b"_probability", "candidates", b"candidates", "margin", b"margin", "outcome", b"outcome", "probability", b"probability", "revision", b"revision", "score", b"score", "task", b"task", "task_revision", b"task_revision", "threshold", b"threshold", "truncated", b"truncated", "use", b"use", "used_task", b"used_task", "used_task_revision", b"used_task_revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__probability: _TypeAlias = _typing.Literal["probability"]  # noqa: Y015
+    _WhichOneofArgType__probability: _TypeAlias = _typing.Literal["_probability", b"_probability"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__probability) -> _WhichOneofReturnType__probability | None: ...
 
 Global___Decision: _TypeAlias = Decision  # noqa: Y015
 

@@ -175,6 +175,9 @@ def test_a_stream_of_tasks_is_registered_and_scored(one_file: Path, tmp_path: Pa
     assert 0 <= reject["out_of_scope_rejected"] <= 1
     assert 0.5 <= reject["auroc"] <= 1
     assert 0 <= reject["fpr_at_95_tpr"] <= 1
+    assert routing["calibration"]["rows"] == sum(b["rows"] for b in routing["calibration"]["bins"])
+    assert routing["calibration"]["rows"] == 6
+    assert 0 <= routing["calibration"]["expected_calibration_error"] <= 1
     assert "answers" not in report
     for arrival in report["registrations"]:
         assert arrival["seconds"] > 0
@@ -187,7 +190,7 @@ def test_a_stream_of_tasks_is_registered_and_scored(one_file: Path, tmp_path: Pa
     assert [row["row"] for row in decisions] == [str(number) for number in range(33, 41)]
     assert [row["true_task"] for row in decisions[-3:]] == ["cooking", "", ""]
     assert "text" not in decisions[0]
-    assert (folder / "report.html").read_text(encoding="utf-8").count("data:image/png") == 5
+    assert (folder / "report.html").read_text(encoding="utf-8").count("data:image/png") == 6
     assert (folder / "report.md").is_file()
 
 

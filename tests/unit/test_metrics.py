@@ -144,3 +144,26 @@ def test_percentiles_are_in_milliseconds() -> None:
 
 def test_percentiles_of_nothing_are_not_defined() -> None:
     assert math.isnan(metrics.percentiles([]).p50)
+
+
+def test_reliability_compares_probabilities_with_what_was_right() -> None:
+    # Bins of a fifteenth: [0.8, 0.867) has two rows of which one is right, the last bin three.
+    probabilities = [0.81, 0.83, 0.95, 0.99, 1.0]
+    found = metrics.reliability(probabilities, np.array([True, False, True, True, True]))
+    first, last = found.bins
+    assert (first.rows, first.right, last.rows, last.right) == (2, 0.5, 3, 1.0)
+    assert first.mean_probability == pytest.approx(0.82)
+    assert (first.low, last.high) == (pytest.approx(0.8), 1.0)
+    gaps = 2 * 0.32 + 3 * (1 - 0.98)
+    assert found.expected_calibration_error == pytest.approx(gaps / 5)
+    errors = [0.19, 0.83, 0.05, 0.01, 0.0]
+    assert found.brier_score == pytest.approx(np.mean(np.square(errors)))
+
+
+def test_probabilities_that_keep_their_word_have_no_calibration_error() -> None:
+    right = np.tile([True, True, True, False], 50)
+    assert metrics.reliability([0.75] * 200, right).expected_calibration_error == 0
+    assert metrics.reliability([0.25] * 200, right).expected_calibration_error == pytest.approx(0.5)
+    nothing = metrics.reliability([], np.zeros(0, np.bool_))
+    assert (nothing.rows, nothing.bins) == (0, ())
+    assert math.isnan(nothing.expected_calibration_error)

@@ -58,6 +58,7 @@ decisions = st.builds(
     st.lists(st.builds(Candidate, keys, *[st.floats(allow_nan=False)] * 2), max_size=3).map(tuple),
     st.none() | keys,
     st.sampled_from(Use),
+    st.none() | st.floats(0, 1),
 )
 
 

@@ -101,9 +101,13 @@ def route(
             )
             return
         print_table(
-            ["input", "outcome", "task", "score", "margin", "threshold"],
+            ["input", "outcome", "task", "probability", "score", "margin", "threshold"],
             [
-                [_short(text), d.outcome.value, _used(d), d.score, d.margin, d.threshold]
+                [
+                    *(_short(text), d.outcome.value, _used(d)),
+                    *("-" if d.probability is None else f"{d.probability:.3f}", d.score),
+                    *(d.margin, d.threshold),
+                ]
                 for text, d in zip(texts, decisions, strict=True)
             ],
             title=f"catalog revision {decisions[0].revision}",
@@ -281,6 +285,7 @@ def _decision_fields(text: str, decision: Decision) -> dict[str, object]:
         "used_task": decision.used.name if decision.used else None,
         "used_task_revision": decision.used.revision if decision.used else None,
         "use": decision.use.value,
+        "probability": decision.probability,
         "score": _finite(decision.score),
         "margin": _finite(decision.margin),
         "threshold": _finite(decision.threshold),
