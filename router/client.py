@@ -17,6 +17,7 @@ from grpc_status import rpc_status
 from router.answer import AnswerEvent
 from router.decision import Decision
 from router.errors import InvalidInputError
+from router.explanation import Explanation
 from router.rejection import RejectionPolicy
 from router.tasks import SoftPrompt
 from router.v1 import router_service_pb2 as messages
@@ -24,7 +25,8 @@ from router.v1 import task_pb2
 from router.v1 import task_service_pb2 as task_messages
 from router.v1.router_service_pb2_grpc import RouterServiceStub
 from router.v1.task_service_pb2_grpc import TaskServiceStub
-from router.wire import answer_value, decision_value, rejection_message
+from router.wire import answer_value
+from router.wire_decisions import decision_value, explanation_value, rejection_message
 
 Response = TypeVar("Response")
 
@@ -151,6 +153,16 @@ class RouterClient:
             return decision_value(
                 self._router.Route(request, timeout=self._timeout, metadata=self._metadata).decision
             )
+
+    def explain(
+        self, text: str, top_k: int = 0, *, on_unknown: RejectionPolicy | None = None
+    ) -> tuple[Decision, Explanation]:
+        """The decision on one text, and why it is what it is."""
+        policy = rejection_message(on_unknown)
+        request = messages.RouteRequest(text=text, top_k=top_k, on_unknown=policy, explain=True)
+        with _router_errors():
+            response = self._router.Route(request, timeout=self._timeout, metadata=self._metadata)
+        return decision_value(response.decision), explanation_value(response.explanation)
 
     def batch_route(
         self, texts: Sequence[str], top_k: int = 0, *, on_unknown: RejectionPolicy | None = None

@@ -15,7 +15,14 @@ from router.answer import AnswerEvent, AnswerSummary, FinishReason
 from router.answering import Answerer, Question, with_context
 from router.batching import BatchLimits, MicroBatcher
 from router.decision import Decision, Outcome, Use
-from router.errors import NoPromptError, TaskNotFoundError, TaskOutOfServiceError
+from router.errors import (
+    InvalidInputError,
+    NoPromptError,
+    TaskNotFoundError,
+    TaskOutOfServiceError,
+)
+from router.explaining import LEAST_EXPLAINED, Explainer
+from router.explanation import Explanation
 from router.interfaces import Embeddings, Encoder, Generation, Observer, PromptedInput
 from router.limits import Limits
 from router.observing import UNOBSERVED
@@ -69,12 +76,14 @@ class Router:
         limits: Limits,
         batch_limits: BatchLimits,
         observer: Observer = UNOBSERVED,
+        explainer: Explainer | None = None,
     ) -> None:
         self.live = live
         self.encoder = encoder
         self.answerer = answerer
         self.limits = limits
         self.observer = observer
+        self._explainer = explainer
         self._batcher = MicroBatcher(
             self._decide,
             self._count_tokens,
@@ -99,6 +108,19 @@ class Router:
         self.limits.check_text(text)
         [decision] = await self._route([text], top_k, self.live.snapshot, on_unknown)
         return decision
+
+    async def explain(
+        self, text: str, top_k: int = 0, on_unknown: RejectionPolicy | None = None
+    ) -> tuple[Decision, Explanation]:
+        """The decision on one text, and why it is what it is."""
+        if self._explainer is None:
+            raise InvalidInputError("explain", True, "ask a server that reads stored rows")
+        self.limits.check_text(text)
+        snapshot = self.live.snapshot
+        explained = max(top_k, LEAST_EXPLAINED) if top_k >= 0 else top_k
+        [decision] = await self._route([text], explained, snapshot, on_unknown)
+        explanation = await self._explainer.explain(snapshot, self.encoder, text, decision)
+        return _listing(decision, top_k), explanation
 
     async def route_batch(
         self, texts: Sequence[str], top_k: int = 0, on_unknown: RejectionPolicy | None = None

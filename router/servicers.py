@@ -28,15 +28,8 @@ from router.v1 import task_pb2
 from router.v1 import task_service_pb2 as task_messages
 from router.v1.router_service_pb2_grpc import RouterServiceServicer
 from router.v1.task_service_pb2_grpc import TaskServiceServicer
-from router.wire import (
-    Unreadable,
-    answer_message,
-    decision_message,
-    rejection_value,
-    stream_error_message,
-    task_message,
-    timestamp,
-)
+from router.wire import Unreadable, answer_message, stream_error_message, task_message, timestamp
+from router.wire_decisions import decision_message, explanation_message, rejection_value
 
 CHUNK_BYTES = 64 * 1024
 # Texts of one stream that are being decided at the same time: enough to fill batches.
@@ -67,6 +60,13 @@ class RouterServicer(RouterServiceServicer):
     ) -> messages.RouteResponse:
         """One text, one decision."""
         policy = rejection_value(request.on_unknown)
+        if request.explain:
+            decision, why = await self._router.explain(request.text, request.top_k, policy)
+            return messages.RouteResponse(
+                decision=decision_message(decision),
+                revision=decision.revision,
+                explanation=explanation_message(why),
+            )
         decision = await self._router.route(request.text, request.top_k, policy)
         return messages.RouteResponse(
             decision=decision_message(decision), revision=decision.revision

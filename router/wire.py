@@ -17,11 +17,11 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from google.rpc import error_details_pb2, status_pb2
 
 from router.answer import AnswerEvent, AnswerSummary, FinishReason
-from router.decision import USE_WITHOUT_POLICY, Candidate, Decision, Outcome, Use
+from router.decision import Decision
 from router.errors import InvalidInputError, OverloadedError, PromptyardError
-from router.rejection import OnUnknown, RejectionPolicy
-from router.tasks import ServedTask, TaskKey
-from router.v1 import decision_pb2, router_service_pb2, task_pb2
+from router.tasks import ServedTask
+from router.v1 import router_service_pb2, task_pb2
+from router.wire_decisions import decision_message, decision_value
 
 ERROR_DOMAIN = "promptyard"
 INTERNAL = "INTERNAL"
@@ -47,23 +47,6 @@ _CODE_OF_REASON = {
     "PERMISSION_DENIED": grpc.StatusCode.PERMISSION_DENIED,
     INTERNAL: grpc.StatusCode.INTERNAL,
 }
-
-_OUTCOMES = {
-    Outcome.MATCHED: decision_pb2.OUTCOME_MATCHED,
-    Outcome.AMBIGUOUS: decision_pb2.OUTCOME_AMBIGUOUS,
-    Outcome.UNKNOWN: decision_pb2.OUTCOME_UNKNOWN,
-}
-_OUTCOME_VALUES = {message: value for value, message in _OUTCOMES.items()}
-
-_USES = {use: decision_pb2.Use.Value(f"USE_{use.name}") for use in Use}
-_USE_VALUES = {message: use for use, message in _USES.items()}
-
-_ACTIONS = {
-    OnUnknown.ABSTAIN: decision_pb2.REJECTION_ACTION_ABSTAIN,
-    OnUnknown.FALLBACK: decision_pb2.REJECTION_ACTION_FALLBACK,
-    OnUnknown.BEST: decision_pb2.REJECTION_ACTION_BEST,
-}
-_ACTION_VALUES = {message: action for action, message in _ACTIONS.items()}
 
 _FINISH_REASONS = {
     FinishReason.STOP: router_service_pb2.FINISH_REASON_STOP,
@@ -150,97 +133,6 @@ def stream_error_message(error: PromptyardError) -> router_service_pb2.StreamErr
     )
 
 
-def decision_message(decision: Decision) -> decision_pb2.Decision:
-    """A decision to its message."""
-    message = decision_pb2.Decision(
-        outcome=_OUTCOMES[decision.outcome],
-        score=decision.score,
-        margin=decision.margin,
-        threshold=decision.threshold,
-        revision=decision.revision,
-        truncated=decision.truncated,
-        candidates=[
-            decision_pb2.Candidate(
-                task=candidate.task.name,
-                task_revision=candidate.task.revision,
-                score=candidate.score,
-                threshold=candidate.threshold,
-            )
-            for candidate in decision.candidates
-        ],
-        use=_USES[decision.use],
-        probability=decision.probability,
-    )
-    if decision.task is not None:
-        message.task = decision.task.name
-        message.task_revision = decision.task.revision
-    if decision.used is not None:
-        message.used_task = decision.used.name
-        message.used_task_revision = decision.used.revision
-    return message
-
-
-def decision_value(message: decision_pb2.Decision) -> Decision:
-    """The decision that `decision_message` wrote."""
-    outcome = _OUTCOME_VALUES[message.outcome]
-    task = _key(message.task, message.task_revision)
-    used, use = _key(message.used_task, message.used_task_revision), _USE_VALUES.get(message.use)
-    if use is None:  # a server that knows no rejection policies
-        used, use = task, USE_WITHOUT_POLICY[outcome]
-    return Decision(
-        outcome=outcome,
-        task=task,
-        score=message.score,
-        margin=message.margin,
-        threshold=message.threshold,
-        revision=message.revision,
-        truncated=message.truncated,
-        candidates=tuple(
-            Candidate(TaskKey(item.task, item.task_revision), item.score, item.threshold)
-            for item in message.candidates
-        ),
-        used=used,
-        use=use,
-        probability=message.probability if message.HasField("probability") else None,
-    )
-
-
-def rejection_message(policy: RejectionPolicy | None) -> decision_pb2.RejectionPolicy | None:
-    """A request's policy to its message; None leaves it to the catalog."""
-    if policy is None:
-        return None
-    return decision_pb2.RejectionPolicy(
-        action=_ACTIONS[policy.on_unknown], fallback_task=policy.fallback_task
-    )
-
-
-def rejection_value(message: decision_pb2.RejectionPolicy) -> RejectionPolicy | None:
-    """The policy of a request, None where it leaves that to the catalog.
-
-    Raises:
-        InvalidInputError: no such action, or a fallback without a task's name, or the reverse.
-    """
-    if not message.action and not message.fallback_task:
-        return None
-    action = _ACTION_VALUES.get(message.action)
-    if action is None:
-        raise InvalidInputError(
-            "on_unknown.action",
-            message.action,
-            f"send one of {', '.join(map(decision_pb2.RejectionAction.Name, _ACTION_VALUES))}",
-        )
-    if (action is OnUnknown.FALLBACK) != bool(message.fallback_task):
-        raise InvalidInputError(
-            "on_unknown.fallback_task",
-            repr(message.fallback_task),
-            "name a task where the action is REJECTION_ACTION_FALLBACK, and only there",
-        )
-    try:
-        return RejectionPolicy(action, message.fallback_task)
-    except InvalidInputError as error:
-        raise InvalidInputError("on_unknown.fallback_task", error.value, error.remedy) from error
-
-
 def answer_message(event: AnswerEvent, revision: int) -> router_service_pb2.GenerateResponse:
     """One step of an answer to its message."""
     response = router_service_pb2.GenerateResponse(revision=revision)
@@ -303,10 +195,6 @@ def timestamp(at: datetime) -> Timestamp:
     message = Timestamp()
     message.FromDatetime(at)
     return message
-
-
-def _key(name: str, revision: int) -> TaskKey | None:
-    return TaskKey(name, revision) if name else None
 
 
 def _failure(

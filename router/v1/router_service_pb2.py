@@ -24,51 +24,52 @@ _sym_db = _symbol_database.Default()
 
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from router.v1 import decision_pb2 as router_dot_v1_dot_decision__pb2
+from router.v1 import explanation_pb2 as router_dot_v1_dot_explanation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1erouter/v1/router_service.proto\x12\trouter.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18router/v1/decision.proto\"[\n\x0cRouteRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05top_k\x18\x02 \x01(\x05\x12.\n\non_unknown\x18\x03 \x01(\x0b\x32\x1a.router.v1.RejectionPolicy\"H\n\rRouteResponse\x12%\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x13.router.v1.Decision\x12\x10\n\x08revision\x18\x02 \x01(\x03\"a\n\x11\x42\x61tchRouteRequest\x12\r\n\x05texts\x18\x01 \x03(\t\x12\r\n\x05top_k\x18\x02 \x01(\x05\x12.\n\non_unknown\x18\x03 \x01(\x0b\x32\x1a.router.v1.RejectionPolicy\"N\n\x12\x42\x61tchRouteResponse\x12&\n\tdecisions\x18\x01 \x03(\x0b\x32\x13.router.v1.Decision\x12\x10\n\x08revision\x18\x02 \x01(\x03\"m\n\x12StreamRouteRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05top_k\x18\x02 \x01(\x05\x12\n\n\x02id\x18\x03 \x01(\t\x12.\n\non_unknown\x18\x04 \x01(\x0b\x32\x1a.router.v1.RejectionPolicy\"\x8f\x01\n\x13StreamRouteResponse\x12\'\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x13.router.v1.DecisionH\x00\x12\'\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x16.router.v1.StreamErrorH\x00\x12\n\n\x02id\x18\x03 \x01(\t\x12\x10\n\x08revision\x18\x04 \x01(\x03\x42\x08\n\x06result\"=\n\x0bStreamError\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\r\n\x05\x66ield\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\x98\x01\n\x0fGenerateRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x0f\n\x07\x63ontext\x18\x03 \x03(\t\x12\x19\n\x11max_output_tokens\x18\x04 \x01(\x05\x12\r\n\x05top_k\x18\x05 \x01(\x05\x12.\n\non_unknown\x18\x06 \x01(\x0b\x32\x1a.router.v1.RejectionPolicy\"\x96\x01\n\x10GenerateResponse\x12\'\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x13.router.v1.DecisionH\x00\x12\x0f\n\x05piece\x18\x02 \x01(\tH\x00\x12-\n\x07summary\x18\x03 \x01(\x0b\x32\x1a.router.v1.GenerateSummaryH\x00\x12\x10\n\x08revision\x18\x04 \x01(\x03\x42\x07\n\x05\x65vent\"\x98\x01\n\x0fGenerateSummary\x12.\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x17.router.v1.FinishReason\x12\x14\n\x0cinput_tokens\x18\x02 \x01(\x05\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x05\x12\x15\n\routput_tokens\x18\x04 \x01(\x05\x12\x11\n\ttruncated\x18\x05 \x01(\x08\"$\n\x14GetSoftPromptRequest\x12\x0c\n\x04task\x18\x01 \x01(\t\"{\n\x15GetSoftPromptResponse\x12\x37\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32 .router.v1.SoftPromptDescriptionH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12\x10\n\x08revision\x18\x03 \x01(\x03\x42\x06\n\x04part\"\x92\x01\n\x15SoftPromptDescription\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x15\n\rtask_revision\x18\x02 \x01(\x03\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x0e\n\x06sha256\x18\x05 \x01(\t\x12\x12\n\nbase_model\x18\x06 \x01(\t\x12\x12\n\nsize_bytes\x18\x07 \x01(\x03\"\x12\n\x10GetStatusRequest\"\xe4\x02\n\x11GetStatusResponse\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x17\n\x0fnewest_revision\x18\x02 \x01(\x03\x12\x0f\n\x07problem\x18\x03 \x01(\t\x12\r\n\x05tasks\x18\x04 \x01(\x05\x12/\n\x0eout_of_service\x18\x05 \x03(\x0b\x32\x17.router.v1.OutOfService\x12\'\n\x07\x65ncoder\x18\x06 \x01(\x0b\x32\x16.router.v1.ModelStatus\x12*\n\nbase_model\x18\x07 \x01(\x0b\x32\x16.router.v1.ModelStatus\x12\x0c\n\x04head\x18\x08 \x01(\t\x12\x0f\n\x07version\x18\t \x01(\t\x12.\n\nstarted_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0emax_text_bytes\x18\x0b \x01(\x05\x12\x17\n\x0fmax_batch_texts\x18\x0c \x01(\x05\"D\n\x0cOutOfService\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x15\n\rtask_revision\x18\x02 \x01(\x03\x12\x0f\n\x07problem\x18\x03 \x01(\t\"0\n\x0bModelStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t*\x93\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_LABEL\x10\x03\x12\x19\n\x15\x46INISH_REASON_NO_TASK\x10\x04\x32\xcd\x03\n\rRouterService\x12:\n\x05Route\x12\x17.router.v1.RouteRequest\x1a\x18.router.v1.RouteResponse\x12I\n\nBatchRoute\x12\x1c.router.v1.BatchRouteRequest\x1a\x1d.router.v1.BatchRouteResponse\x12P\n\x0bStreamRoute\x12\x1d.router.v1.StreamRouteRequest\x1a\x1e.router.v1.StreamRouteResponse(\x01\x30\x01\x12\x45\n\x08Generate\x12\x1a.router.v1.GenerateRequest\x1a\x1b.router.v1.GenerateResponse0\x01\x12T\n\rGetSoftPrompt\x12\x1f.router.v1.GetSoftPromptRequest\x1a .router.v1.GetSoftPromptResponse0\x01\x12\x46\n\tGetStatus\x12\x1b.router.v1.GetStatusRequest\x1a\x1c.router.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1erouter/v1/router_service.proto\x12\trouter.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18router/v1/decision.proto\x1a\x1brouter/v1/explanation.proto\"l\n\x0cRouteRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05top_k\x18\x02 \x01(\x05\x12.\n\non_unknown\x18\x03 \x01(\x0b\x32\x1a.router.v1.RejectionPolicy\x12\x0f\n\x07\x65xplain\x18\x04 \x01(\x08\"u\n\rRouteResponse\x12%\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x13.router.v1.Decision\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12+\n\x0b\x65xplanation\x18\x03 \x01(\x0b\x32\x16.router.v1.Explanation\"a\n\x11\x42\x61tchRouteRequest\x12\r\n\x05texts\x18\x01 \x03(\t\x12\r\n\x05top_k\x18\x02 \x01(\x05\x12.\n\non_unknown\x18\x03 \x01(\x0b\x32\x1a.router.v1.RejectionPolicy\"N\n\x12\x42\x61tchRouteResponse\x12&\n\tdecisions\x18\x01 \x03(\x0b\x32\x13.router.v1.Decision\x12\x10\n\x08revision\x18\x02 \x01(\x03\"m\n\x12StreamRouteRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05top_k\x18\x02 \x01(\x05\x12\n\n\x02id\x18\x03 \x01(\t\x12.\n\non_unknown\x18\x04 \x01(\x0b\x32\x1a.router.v1.RejectionPolicy\"\x8f\x01\n\x13StreamRouteResponse\x12\'\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x13.router.v1.DecisionH\x00\x12\'\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x16.router.v1.StreamErrorH\x00\x12\n\n\x02id\x18\x03 \x01(\t\x12\x10\n\x08revision\x18\x04 \x01(\x03\x42\x08\n\x06result\"=\n\x0bStreamError\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\r\n\x05\x66ield\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\x98\x01\n\x0fGenerateRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x0f\n\x07\x63ontext\x18\x03 \x03(\t\x12\x19\n\x11max_output_tokens\x18\x04 \x01(\x05\x12\r\n\x05top_k\x18\x05 \x01(\x05\x12.\n\non_unknown\x18\x06 \x01(\x0b\x32\x1a.router.v1.RejectionPolicy\"\x96\x01\n\x10GenerateResponse\x12\'\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x13.router.v1.DecisionH\x00\x12\x0f\n\x05piece\x18\x02 \x01(\tH\x00\x12-\n\x07summary\x18\x03 \x01(\x0b\x32\x1a.router.v1.GenerateSummaryH\x00\x12\x10\n\x08revision\x18\x04 \x01(\x03\x42\x07\n\x05\x65vent\"\x98\x01\n\x0fGenerateSummary\x12.\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x17.router.v1.FinishReason\x12\x14\n\x0cinput_tokens\x18\x02 \x01(\x05\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x05\x12\x15\n\routput_tokens\x18\x04 \x01(\x05\x12\x11\n\ttruncated\x18\x05 \x01(\x08\"$\n\x14GetSoftPromptRequest\x12\x0c\n\x04task\x18\x01 \x01(\t\"{\n\x15GetSoftPromptResponse\x12\x37\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32 .router.v1.SoftPromptDescriptionH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12\x10\n\x08revision\x18\x03 \x01(\x03\x42\x06\n\x04part\"\x92\x01\n\x15SoftPromptDescription\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x15\n\rtask_revision\x18\x02 \x01(\x03\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x0e\n\x06sha256\x18\x05 \x01(\t\x12\x12\n\nbase_model\x18\x06 \x01(\t\x12\x12\n\nsize_bytes\x18\x07 \x01(\x03\"\x12\n\x10GetStatusRequest\"\xe4\x02\n\x11GetStatusResponse\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x17\n\x0fnewest_revision\x18\x02 \x01(\x03\x12\x0f\n\x07problem\x18\x03 \x01(\t\x12\r\n\x05tasks\x18\x04 \x01(\x05\x12/\n\x0eout_of_service\x18\x05 \x03(\x0b\x32\x17.router.v1.OutOfService\x12\'\n\x07\x65ncoder\x18\x06 \x01(\x0b\x32\x16.router.v1.ModelStatus\x12*\n\nbase_model\x18\x07 \x01(\x0b\x32\x16.router.v1.ModelStatus\x12\x0c\n\x04head\x18\x08 \x01(\t\x12\x0f\n\x07version\x18\t \x01(\t\x12.\n\nstarted_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0emax_text_bytes\x18\x0b \x01(\x05\x12\x17\n\x0fmax_batch_texts\x18\x0c \x01(\x05\"D\n\x0cOutOfService\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x15\n\rtask_revision\x18\x02 \x01(\x03\x12\x0f\n\x07problem\x18\x03 \x01(\t\"0\n\x0bModelStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t*\x93\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_LABEL\x10\x03\x12\x19\n\x15\x46INISH_REASON_NO_TASK\x10\x04\x32\xcd\x03\n\rRouterService\x12:\n\x05Route\x12\x17.router.v1.RouteRequest\x1a\x18.router.v1.RouteResponse\x12I\n\nBatchRoute\x12\x1c.router.v1.BatchRouteRequest\x1a\x1d.router.v1.BatchRouteResponse\x12P\n\x0bStreamRoute\x12\x1d.router.v1.StreamRouteRequest\x1a\x1e.router.v1.StreamRouteResponse(\x01\x30\x01\x12\x45\n\x08Generate\x12\x1a.router.v1.GenerateRequest\x1a\x1b.router.v1.GenerateResponse0\x01\x12T\n\rGetSoftPrompt\x12\x1f.router.v1.GetSoftPromptRequest\x1a .router.v1.GetSoftPromptResponse0\x01\x12\x46\n\tGetStatus\x12\x1b.router.v1.GetStatusRequest\x1a\x1c.router.v1.GetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'router.v1.router_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2045
-  _globals['_FINISHREASON']._serialized_end=2192
-  _globals['_ROUTEREQUEST']._serialized_start=104
-  _globals['_ROUTEREQUEST']._serialized_end=195
-  _globals['_ROUTERESPONSE']._serialized_start=197
-  _globals['_ROUTERESPONSE']._serialized_end=269
-  _globals['_BATCHROUTEREQUEST']._serialized_start=271
-  _globals['_BATCHROUTEREQUEST']._serialized_end=368
-  _globals['_BATCHROUTERESPONSE']._serialized_start=370
-  _globals['_BATCHROUTERESPONSE']._serialized_end=448
-  _globals['_STREAMROUTEREQUEST']._serialized_start=450
-  _globals['_STREAMROUTEREQUEST']._serialized_end=559
-  _globals['_STREAMROUTERESPONSE']._serialized_start=562
-  _globals['_STREAMROUTERESPONSE']._serialized_end=705
-  _globals['_STREAMERROR']._serialized_start=707
-  _globals['_STREAMERROR']._serialized_end=768
-  _globals['_GENERATEREQUEST']._serialized_start=771
-  _globals['_GENERATEREQUEST']._serialized_end=923
-  _globals['_GENERATERESPONSE']._serialized_start=926
-  _globals['_GENERATERESPONSE']._serialized_end=1076
-  _globals['_GENERATESUMMARY']._serialized_start=1079
-  _globals['_GENERATESUMMARY']._serialized_end=1231
-  _globals['_GETSOFTPROMPTREQUEST']._serialized_start=1233
-  _globals['_GETSOFTPROMPTREQUEST']._serialized_end=1269
-  _globals['_GETSOFTPROMPTRESPONSE']._serialized_start=1271
-  _globals['_GETSOFTPROMPTRESPONSE']._serialized_end=1394
-  _globals['_SOFTPROMPTDESCRIPTION']._serialized_start=1397
-  _globals['_SOFTPROMPTDESCRIPTION']._serialized_end=1543
-  _globals['_GETSTATUSREQUEST']._serialized_start=1545
-  _globals['_GETSTATUSREQUEST']._serialized_end=1563
-  _globals['_GETSTATUSRESPONSE']._serialized_start=1566
-  _globals['_GETSTATUSRESPONSE']._serialized_end=1922
-  _globals['_OUTOFSERVICE']._serialized_start=1924
-  _globals['_OUTOFSERVICE']._serialized_end=1992
-  _globals['_MODELSTATUS']._serialized_start=1994
-  _globals['_MODELSTATUS']._serialized_end=2042
-  _globals['_ROUTERSERVICE']._serialized_start=2195
-  _globals['_ROUTERSERVICE']._serialized_end=2656
+  _globals['_FINISHREASON']._serialized_start=2136
+  _globals['_FINISHREASON']._serialized_end=2283
+  _globals['_ROUTEREQUEST']._serialized_start=133
+  _globals['_ROUTEREQUEST']._serialized_end=241
+  _globals['_ROUTERESPONSE']._serialized_start=243
+  _globals['_ROUTERESPONSE']._serialized_end=360
+  _globals['_BATCHROUTEREQUEST']._serialized_start=362
+  _globals['_BATCHROUTEREQUEST']._serialized_end=459
+  _globals['_BATCHROUTERESPONSE']._serialized_start=461
+  _globals['_BATCHROUTERESPONSE']._serialized_end=539
+  _globals['_STREAMROUTEREQUEST']._serialized_start=541
+  _globals['_STREAMROUTEREQUEST']._serialized_end=650
+  _globals['_STREAMROUTERESPONSE']._serialized_start=653
+  _globals['_STREAMROUTERESPONSE']._serialized_end=796
+  _globals['_STREAMERROR']._serialized_start=798
+  _globals['_STREAMERROR']._serialized_end=859
+  _globals['_GENERATEREQUEST']._serialized_start=862
+  _globals['_GENERATEREQUEST']._serialized_end=1014
+  _globals['_GENERATERESPONSE']._serialized_start=1017
+  _globals['_GENERATERESPONSE']._serialized_end=1167
+  _globals['_GENERATESUMMARY']._serialized_start=1170
+  _globals['_GENERATESUMMARY']._serialized_end=1322
+  _globals['_GETSOFTPROMPTREQUEST']._serialized_start=1324
+  _globals['_GETSOFTPROMPTREQUEST']._serialized_end=1360
+  _globals['_GETSOFTPROMPTRESPONSE']._serialized_start=1362
+  _globals['_GETSOFTPROMPTRESPONSE']._serialized_end=1485
+  _globals['_SOFTPROMPTDESCRIPTION']._serialized_start=1488
+  _globals['_SOFTPROMPTDESCRIPTION']._serialized_end=1634
+  _globals['_GETSTATUSREQUEST']._serialized_start=1636
+  _globals['_GETSTATUSREQUEST']._serialized_end=1654
+  _globals['_GETSTATUSRESPONSE']._serialized_start=1657
+  _globals['_GETSTATUSRESPONSE']._serialized_end=2013
+  _globals['_OUTOFSERVICE']._serialized_start=2015
+  _globals['_OUTOFSERVICE']._serialized_end=2083
+  _globals['_MODELSTATUS']._serialized_start=2085
+  _globals['_MODELSTATUS']._serialized_end=2133
+  _globals['_ROUTERSERVICE']._serialized_start=2286
+  _globals['_ROUTERSERVICE']._serialized_end=2747
 # @@protoc_insertion_point(module_scope)

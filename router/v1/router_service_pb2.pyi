@@ -10,6 +10,7 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from router.v1 import decision_pb2 as _decision_pb2
+from router.v1 import explanation_pb2 as _explanation_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -62,10 +63,15 @@ class RouteRequest(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
     ON_UNKNOWN_FIELD_NUMBER: _builtins.int
+    EXPLAIN_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """text is the input: not empty, at most `max_text_bytes` of GetStatus in UTF-8."""
     top_k: _builtins.int
     """top_k is how many candidates to return; 0 for none."""
+    explain: _builtins.bool
+    """explain asks for an explanation as well. It takes longer, for the first one of a revision up to
+    seconds; few are worked on at a time.
+    """
     @_builtins.property
     def on_unknown(self) -> _decision_pb2.RejectionPolicy:
         """on_unknown says which task is used for a text that fits none; absent: as the catalog says."""
@@ -76,10 +82,11 @@ class RouteRequest(_message.Message):
         text: _builtins.str = ...,
         top_k: _builtins.int = ...,
         on_unknown: _decision_pb2.RejectionPolicy | None = ...,
+        explain: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["on_unknown", b"on_unknown"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["on_unknown", b"on_unknown", "text", b"text", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["explain", b"explain", "on_unknown", b"on_unknown", "text", b"text", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -93,21 +100,27 @@ class RouteResponse(_message.Message):
 
     DECISION_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
+    EXPLANATION_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
     """revision is the catalog revision that decided."""
     @_builtins.property
     def decision(self) -> _decision_pb2.Decision:
         """decision is the decision on the text."""
 
+    @_builtins.property
+    def explanation(self) -> _explanation_pb2.Explanation:
+        """explanation says why the decision is what it is, where that was asked for."""
+
     def __init__(
         self,
         *,
         decision: _decision_pb2.Decision | None = ...,
         revision: _builtins.int = ...,
+        explanation: _explanation_pb2.Explanation | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "explanation", b"explanation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "explanation", b"explanation", "revision", b"revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -119,6 +119,27 @@ def test_a_policy_is_set_for_the_catalog_or_for_one_call(home: Path, address: st
     assert used() == ("unknown", None, "abstained")
 
 
+def test_a_decision_is_explained_and_its_closest_row_found_in_the_file(home: Path) -> None:
+    data = home.parent / "weather.jsonl"
+    text = TASKS["weather"][5]
+    [found] = document(promptyard("route", text, "--explain", "--home", home, "--json"))
+    best = found["explanation"]["candidates"][0]
+    assert best["task"] == "weather"
+    assert sum(best["terms"].values()) == pytest.approx(best["score"], abs=1e-3)
+    row = best["examples"][0]["row"]
+    arguments = ("show", "weather", "--data", data, "--home", home, "--json")
+    assert document(promptyard(*arguments, "--row", row))["input"] == text
+    people = promptyard("route", text, "--explain", "--home", home)
+    assert found["explanation"]["sentence"][:20] in people.stdout
+    assert "discriminant" in people.stdout
+    for bad, field in ((("--row", 12), "--row"), ((), "--row")):
+        error = document(promptyard(*arguments, *bad), exit_code=2)["error"]
+        assert error["field"] == field
+    other = ("show", "weather", "--data", home.parent / "banking.jsonl", "--row", 0)
+    error = document(promptyard(*other, "--home", home, "--json"), exit_code=2)["error"]
+    assert (error["field"], "registered from" in error["remedy"]) == ("--data", True)
+
+
 def test_a_policy_goes_to_the_server_with_the_call(address: str) -> None:
     flags = ("--on-unknown", "fallback:weather", "--server", address, "--json")
     [answer] = document(promptyard("generate", "snow on tax law", *flags))

@@ -22,22 +22,27 @@ from router.errors import (
     TaskNotFoundError,
     TaskOutOfServiceError,
 )
+from router.explanation import ExplainedCandidate, Explanation, ScoreTerm, StoredExample
 from router.rejection import RejectionPolicy
 from router.tasks import TaskKey
-from router.v1 import decision_pb2, error_reason_pb2
+from router.v1 import decision_pb2, error_reason_pb2, explanation_pb2
 from router.v1 import router_service_pb2 as messages
 from router.wire import (
     Unreadable,
     answer_message,
     answer_value,
-    decision_message,
-    decision_value,
     failure,
-    rejection_message,
-    rejection_value,
     request_reader,
     stream_error_message,
     task_message,
+)
+from router.wire_decisions import (
+    decision_message,
+    decision_value,
+    explanation_message,
+    explanation_value,
+    rejection_message,
+    rejection_value,
 )
 from tests.fakes import make_task, without_prompt
 
@@ -59,6 +64,24 @@ decisions = st.builds(
     st.none() | keys,
     st.sampled_from(Use),
     st.none() | st.floats(0, 1),
+)
+
+numbers = st.floats(allow_nan=False)
+explanations = st.builds(
+    Explanation,
+    st.text(),
+    st.lists(
+        st.builds(
+            ExplainedCandidate,
+            keys,
+            *[numbers] * 3,
+            st.lists(st.builds(ScoreTerm, st.text(), numbers), max_size=2).map(tuple),
+            st.lists(st.builds(StoredExample, st.integers(0, 9), numbers), max_size=2).map(tuple),
+        ),
+        max_size=2,
+    ).map(tuple),
+    numbers,
+    st.lists(st.text(), max_size=2).map(tuple),
 )
 
 
@@ -93,6 +116,12 @@ def test_a_decision_of_a_server_that_knows_no_policies_uses_its_task() -> None:
             message.task, message.task_revision = task.name, task.revision
         decision = decision_value(message)
         assert (decision.used, decision.use) == (task, use)
+
+
+@given(explanations)
+def test_an_explanation_survives_the_wire(explanation: Explanation) -> None:
+    raw = explanation_message(explanation).SerializeToString()
+    assert explanation_value(explanation_pb2.Explanation.FromString(raw)) == explanation
 
 
 @pytest.mark.parametrize(

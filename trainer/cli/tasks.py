@@ -85,10 +85,22 @@ def show(
     revision: Annotated[
         int | None, typer.Option(help="A revision of the task. Default: the live one.")
     ] = None,
+    row: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Show this stored row instead, as --explain numbers them; needs --data."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="The file that the task was registered from: no text is stored."),
+    ] = None,
+    input_field: Annotated[str, typer.Option(help="Name of the column with inputs.")] = "input",
+    output_field: Annotated[str, typer.Option(help="Name of the column with outputs.")] = "output",
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show everything that the catalog knows of a task."""
+    """Show everything that the catalog knows of a task, or the text of one of its rows."""
     with errors_for_people(as_json):
         from router.catalog import CatalogReader
         from router.errors import TaskNotFoundError
@@ -101,6 +113,9 @@ def show(
             live = history[-1][1]
             record = catalog.record(TaskKey(name, revision or live or catalog.newest_record(name)))
             head = catalog.revision(catalog.newest_revision())
+        if row is not None or data is not None:
+            _show_row(record, row, data, input_field, output_field, as_json)
+            return
         document = {
             **asdict(record),
             "sha256": record.sha256,
@@ -180,6 +195,41 @@ def open_workshop(home: Path | None, encoder: str) -> Iterator[Workshop]:
     CatalogReader(folder).close()
     with Workshop(folder, load_encoder(encoder)) as workshop, one_blas_thread():
         yield workshop
+
+
+def _show_row(
+    record: TaskRecord,
+    row: int | None,
+    data: Path | None,
+    input_field: str,
+    output_field: str,
+    as_json: bool,
+) -> None:
+    """Find a stored row in the file that it came from."""
+    from router.errors import InvalidInputError
+    from trainer.data import Fields, read_labelled
+
+    if row is None or data is None:
+        missing = "--row" if row is None else "--data"
+        raise InvalidInputError(missing, "missing", "give a row's number and the task's file")
+    file = read_labelled(
+        data,
+        Fields(input_field, output_field),
+        with_output=record.prompt is not None,
+        drop_duplicates=True,
+        min_rows=1,
+    )
+    if file.sha256 != record.data.sha256:
+        raise InvalidInputError(
+            "--data", data, f"give the file that {record.key} was registered from, unchanged"
+        )
+    if row >= len(file.examples):
+        raise InvalidInputError("--row", row, f"give 0 to {len(file.examples) - 1}")
+    example = file.examples[row]
+    if as_json:
+        print_json({"row": row, "input": example.input, "output": example.output})
+    else:
+        out.print(example.input, markup=False, highlight=False, soft_wrap=True)
 
 
 def _outputs(record: TaskRecord) -> str:
