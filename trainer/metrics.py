@@ -121,6 +121,32 @@ def wilson_interval(right: int, rows: int, z: float = _Z_95) -> Interval:
     return Interval(max((center - half) / scale, 0.0), min((center + half) / scale, 1.0))
 
 
+def paired_difference_interval(both: int, only_a: int, only_b: int, neither: int) -> Interval:
+    """The 95 % interval of the share right at B less that at A, of the same rows. NaN without rows.
+
+    Newcombe 1998 (Statistics in Medicine 17, 2635-2650), method 10: from the Wilson intervals of
+    the two shares and the correlation of the pairs, with a correction for continuity.
+    """
+    rows = both + only_a + only_b + neither
+    if not rows:
+        return Interval(math.nan, math.nan)
+    right_a, right_b = both + only_a, both + only_b
+    a, b = wilson_interval(right_a, rows), wilson_interval(right_b, rows)
+    below_a, above_a = right_a / rows - a.low, a.high - right_a / rows
+    below_b, above_b = right_b / rows - b.low, b.high - right_b / rows
+    margins = right_a * (rows - right_a) * right_b * (rows - right_b)
+    together = float(both * neither - only_a * only_b)
+    if together > 0:
+        together = max(together - rows / 2, 0)
+    correlation = together / math.sqrt(margins) if margins else 0.0
+    difference = (right_b - right_a) / rows
+
+    def width(first: float, second: float) -> float:
+        return math.sqrt(max(first**2 - 2 * correlation * first * second + second**2, 0.0))
+
+    return Interval(difference - width(below_b, above_a), difference + width(above_b, below_a))
+
+
 def accuracy(truth: Numbers, predicted: Numbers) -> float:
     """The share of rows `[N]` whose task was found (micro accuracy)."""
     return share(int((truth == predicted).sum()), len(truth))

@@ -318,7 +318,19 @@ def test_two_revisions_are_compared_on_the_same_rows(home: Path, tmp_path: Path)
     banking = next(row for row in changed if row["label"] == "banking")
     assert banking["task_b"] == "banking" != banking["task_a"]
 
-    assert "accuracy with rejection" in promptyard("evaluate", "compare", 1, 2, *flags)
+    interval = labelled["difference_interval"]
+    assert interval["low"] <= labelled["difference"] <= interval["high"]
+
+    # No text is written or shown unless that was asked for.
+    texts = [row["text"] for row in content]
+    quiet = promptyard("evaluate", "compare", 1, 2, *flags, "--report", folder)
+    assert "accuracy with rejection" in quiet
+    written = "".join(path.read_text(encoding="utf-8") for path in folder.iterdir())
+    assert not any(text in written or text[:9] in quiet for text in texts)
+    arguments = ("evaluate", "compare", 1, 2, *flags, "--with-text", "--report", folder)
+    changed_texts = {change["text"] for change in document(*arguments)["changed"]}
+    assert changed_texts <= {*texts, TEST["banking"][0]}
+    assert all(text in (folder / "changed.csv").read_text("utf-8") for text in changed_texts)
     assert "Nothing changed" in promptyard("evaluate", "compare", 2, 2, *flags)
     refused = document("evaluate", "compare", 1, 99, *flags, exit_code=2)["error"]
     assert (refused["field"], refused["value"]) == ("REV_B", "99")

@@ -167,3 +167,34 @@ def test_probabilities_that_keep_their_word_have_no_calibration_error() -> None:
     nothing = metrics.reliability([], np.zeros(0, np.bool_))
     assert (nothing.rows, nothing.bins) == (0, ())
     assert math.isnan(nothing.expected_calibration_error)
+
+
+@given(*[st.integers(0, 60)] * 4)
+def test_the_interval_of_a_difference_holds_it_and_turns_with_the_sides(
+    both: int, only_a: int, only_b: int, neither: int
+) -> None:
+    rows = both + only_a + only_b + neither
+    found = metrics.paired_difference_interval(both, only_a, only_b, neither)
+    if not rows:
+        assert math.isnan(found.low)
+        return
+    assert -1 - 1e-9 <= found.low <= (only_b - only_a) / rows <= found.high <= 1 + 1e-9
+    turned = metrics.paired_difference_interval(both, only_b, only_a, neither)
+    assert (turned.low, turned.high) == pytest.approx((-found.high, -found.low))
+
+
+def test_the_interval_of_a_difference_holds_the_true_one_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    shares = np.array([0.85, 0.03, 0.06, 0.06])  # the true difference is 3 points
+    held = 0
+    for counts in rng.multinomial(400, shares, size=2000).tolist():
+        found = metrics.paired_difference_interval(*counts)
+        held += found.low <= 0.03 <= found.high
+    assert held / 2000 == pytest.approx(0.95, abs=0.02)
+
+
+def test_pairs_make_the_interval_of_a_difference_narrow() -> None:
+    # 900 rows right at both say nothing of the difference, and leave little room for one.
+    paired = metrics.paired_difference_interval(900, 4, 16, 80)
+    apart = metrics.paired_difference_interval(900 - 80, 84, 96, 0)
+    assert paired.low > 0 > apart.low
