@@ -83,6 +83,19 @@ class Reliability:
 
 
 @dataclass(frozen=True, slots=True)
+class CoverageRisk:
+    """What answering only the best-scored rows costs.
+
+    `risk[k]` is the share of wrong ones among the share `coverage[k]` of rows that score best;
+    `area` is the mean risk over all coverages (AURC, Geifman and El-Yaniv 2019, arXiv:1805.08206).
+    """
+
+    area: float
+    coverage: tuple[float, ...]
+    risk: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StreamFigures:
     """What a stream of T tasks comes to; see `stream_figures`."""
 
@@ -106,7 +119,7 @@ def share(part: int, whole: int) -> float:
     return part / whole if whole else math.nan
 
 
-def wilson_interval(right: int, rows: int, z: float = _Z_95) -> Interval:
+def wilson_interval(right: float, rows: float, z: float = _Z_95) -> Interval:
     """The score interval of a share (Wilson 1927, JASA 22, 209-212). NaN without rows.
 
     Unlike the normal approximation it stays within [0, 1] and is sound for few rows and for shares
@@ -171,6 +184,26 @@ def per_task(matrix: Numbers) -> list[TaskFigures]:
 def macro_accuracy(tasks: Sequence[TaskFigures]) -> float:
     """The mean accuracy of the tasks that have rows: every task counts the same."""
     return mean([task.accuracy for task in tasks])
+
+
+def macro_interval(tasks: Sequence[TaskFigures]) -> Interval:
+    """The 95 % interval of the macro accuracy; NaN without rows.
+
+    Wilson's, for as many rows as would give a share the variance that the mean of the tasks has
+    (stratified sampling, Cochran 1977, chapter 5), and never for more than there are.
+    """
+    sizes = [task.rows for task in tasks if task.rows]
+    if not sizes:
+        return Interval(math.nan, math.nan)
+    shares = [task.accuracy for task in tasks if task.rows]
+    overall = macro_accuracy(tasks)
+    spread = overall * (1 - overall)
+    variance = (
+        sum(p * (1 - p) / (n - 1) if n > 1 else spread for p, n in zip(shares, sizes, strict=True))
+        / len(sizes) ** 2
+    )
+    rows = min(spread / variance, sum(sizes)) if variance else float(sum(sizes))
+    return wilson_interval(overall * rows, rows)
 
 
 def mean(values: ArrayLike) -> float:
@@ -241,6 +274,15 @@ def reliability(probabilities: ArrayLike, right: NDArray[np.bool_]) -> Reliabili
     gaps = [abs(each.right - each.mean_probability) * each.rows for each in bins]
     brier = float(((values - right) ** 2).mean())
     return Reliability(len(values), sum(gaps) / len(values), brier, tuple(bins))
+
+
+def coverage_risk(scores: ArrayLike, right: NDArray[np.bool_]) -> CoverageRisk:
+    """The coverage-risk curve of `coverage_and_risk` at every percent, and the area under it."""
+    coverage, risk = coverage_and_risk(scores, right)
+    if not len(coverage):
+        return CoverageRisk(math.nan, (), ())
+    at = np.unique(np.maximum(np.ceil(np.arange(1, 101) / 100 * len(coverage)), 1).astype(int)) - 1
+    return CoverageRisk(float(risk.mean()), tuple(coverage[at].tolist()), tuple(risk[at].tolist()))
 
 
 def stream_figures(matrix: ExactArray) -> StreamFigures:

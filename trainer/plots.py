@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -144,6 +144,51 @@ def risk_picture(coverage: ExactArray, risk: ExactArray) -> bytes:
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
     _label(axes, "answered: rows of the highest scores", "wrong among them")
+    return _png(figure)
+
+
+def map_picture(
+    places: Mapping[str, tuple[float, float]],
+    accuracy: Mapping[str, float],
+    confused: Sequence[tuple[str, str, int]],
+) -> bytes:
+    """Tasks on a plane, coloured by accuracy; lines join those that are confused, by rows.
+
+    Where there are many, only the tasks that are routed worst have their names.
+    """
+    figure = Figure(figsize=(8.6, 6.6), layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    axes.grid(color=_GRID, lw=0.8)
+    axes.set_axisbelow(True)
+    _quiet(axes)
+    for task, other, rows in confused:
+        if task in places and other in places:
+            x, y = zip(places[task], places[other], strict=True)
+            axes.plot(x, y, color=_SECOND, lw=min(0.6 + 0.3 * rows, 4.0), alpha=0.35, zorder=1)
+    names = list(places)
+    x, y = np.array([places[name] for name in names]).T
+    shares = np.array([accuracy[name] for name in names])
+    low = min(float(np.nanmin(shares)) if np.isfinite(shares).any() else 0.9, 0.9)
+    drawn = axes.scatter(
+        *(x, y), c=shares, cmap=_blues(), vmin=low, vmax=1, s=34, edgecolors=_QUIET, lw=0.6
+    )
+    bar = figure.colorbar(drawn, ax=axes, shrink=0.75, pad=0.02, format=PercentFormatter(1.0))
+    bar.set_label("share of the task's rows routed to it", color=_INK, fontsize=8)
+    bar.ax.tick_params(labelsize=8, colors=_INK, length=2)
+    bar.outline.set_visible(False)
+    worst = np.argsort(np.nan_to_num(shares, nan=2.0), kind="stable")
+    named = worst if len(names) <= NAMED_TASKS else worst[:_NUMBERED_TASKS]
+    for number in named:
+        axes.annotate(
+            _short(names[number]),
+            (x[number], y[number]),
+            xytext=(4, 3),
+            textcoords="offset points",
+            fontsize=7,
+            color=_INK,
+        )
+    axes.margins(0.12)
+    _label(axes, "first principal component", "second")
     return _png(figure)
 
 

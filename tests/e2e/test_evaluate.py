@@ -275,6 +275,14 @@ def test_routing_is_measured_against_the_live_catalog(home: Path, tmp_path: Path
     assert report["routing"]["rows"] == 4
     assert report["reject"]["rows"] == 4
     assert report["timing"]["milliseconds_per_decision"]["p50"] > 0
+    assert report["coverage_risk"]["coverage"][-1] == 1.0
+    assert set(report["task_map"]["places"]) == {"banking", "weather"}
+    # The revision before knew the weather only.
+    before = document(*arguments, "--unknown-as-oos", "--revision", 1)
+    assert (before["catalog_revision"], before["tasks"]) == (1, ["weather"])
+    assert before["routing"]["calibration"] is None
+    error = document(*arguments, "--revision", 3, exit_code=2)["error"]
+    assert (error["field"], error["remedy"]) == ("--revision", "give 1 to 2")
     again = document(*arguments, "--unknown-as-oos")
     assert again["routing"] == report["routing"]
     assert again["reject"] == report["reject"]

@@ -198,3 +198,37 @@ def test_pairs_make_the_interval_of_a_difference_narrow() -> None:
     paired = metrics.paired_difference_interval(900, 4, 16, 80)
     apart = metrics.paired_difference_interval(900 - 80, 84, 96, 0)
     assert paired.low > 0 > apart.low
+
+
+def test_the_macro_interval_of_tasks_alike_is_that_of_all_rows() -> None:
+    alike = metrics.per_task(np.array([[90, 10], [10, 90]], np.int64))
+    expected = metrics.wilson_interval(180, 200)
+    found = metrics.macro_interval(alike)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=2e-3)
+
+
+def test_the_macro_interval_is_as_wide_as_its_smallest_task_makes_it() -> None:
+    # Half of the mean rests on ten rows.
+    uneven = metrics.per_task(np.array([[990, 10], [2, 8]], np.int64))
+    found = metrics.macro_interval(uneven)
+    assert found.low < 0.99 / 2 + 0.8 / 2 < found.high
+    assert found.high - found.low > 0.1
+    perfect = metrics.per_task(np.array([[5, 0], [0, 5]], np.int64))
+    assert metrics.macro_interval(perfect) == metrics.wilson_interval(10, 10)
+    empty = metrics.per_task(np.zeros((2, 2), np.int64))
+    assert math.isnan(metrics.macro_interval(empty).low)
+
+
+def test_the_macro_interval_holds_the_true_one_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    shares, sizes = np.array([0.95, 0.8, 0.9, 0.6, 0.99]), np.array([200, 30, 60, 40, 25])
+    held = 0
+    for _ in range(1000):
+        right = rng.binomial(sizes, shares)
+        tasks = [
+            metrics.TaskFigures(n, n, hit, hit / n, 1.0)
+            for n, hit in zip(sizes.tolist(), right.tolist(), strict=True)
+        ]
+        found = metrics.macro_interval(tasks)
+        held += found.low <= shares.mean() <= found.high
+    assert held / 1000 == pytest.approx(0.95, abs=0.025)

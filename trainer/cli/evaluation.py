@@ -77,30 +77,33 @@ def routing(
     unknown_as_oos: UnknownAsOos = False,
     rows_per_task: RowsPerTask = None,
     with_text: WithText = False,
+    revision: Annotated[
+        int | None, typer.Option(help="Catalog revision to route with. Default: the newest.")
+    ] = None,
     home: Home = None,
     encoder: EncoderName = DEFAULT_ENCODER,
     as_json: AsJson = False,
 ) -> None:
-    """Route labelled rows with the live catalog, and compare with their tasks.
+    """Route labelled rows with a catalog revision, and compare with their tasks.
 
     promptyard evaluate routing --data held-out.jsonl --report out
     """
     with errors_for_people(as_json):
         from router.bootstrap import load_encoder, log_to_stderr
         from trainer.evaluate_routing import evaluate_routing, load_snapshot
-        from trainer.evaluation_reports import routing_report
         from trainer.evaluation_rows import (
             EvaluationFields,
             first_of_each_task,
             match_tasks,
             read_texts,
         )
+        from trainer.routing_report import routing_report
 
         log_to_stderr("warning")
         make_folder(report)
         rows = read_texts(data, EvaluationFields(input_field, task_field), oos_label)
         loaded = load_encoder(encoder)
-        snapshot = load_snapshot(home_folder(home), loaded)
+        snapshot = load_snapshot(home_folder(home), loaded, revision=revision)
         rows = match_tasks(data, rows, snapshot.tasks, unknown_as_oos=unknown_as_oos)
         with progress_bars() as progress:
             evaluation = evaluate_routing(
