@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from trainer import metrics, plots
 from trainer.evaluate_answers import AnswerEvaluation, AnswerFigures
+from trainer.evaluate_orders import OrdersEvaluation
 from trainer.evaluate_routing import RoutedText
-from trainer.evaluate_stream import Registration, StreamEvaluation
+from trainer.evaluate_stream import StreamEvaluation
+from trainer.metrics import Spread
 from trainer.report import Picture, Report, Table
 from trainer.report_words import interval_in_words, percent, points, summary_table
 from trainer.routing_report import (
@@ -42,6 +44,70 @@ def answers_report(
     )
 
 
+def orders_report(evaluation: OrdersEvaluation, source: str) -> Report:
+    """The report of `evaluate stream` in several orders: the first one's, and all beside it."""
+    report = stream_report(evaluation.first, source)
+    summary, *others = report.tables
+    count, alike = len(evaluation.orders), evaluation.ends_alike
+    figures = (
+        ("average_accuracy", "mean of tasks at the end"),
+        ("mean_accuracy", "accuracy, mean over arrivals"),
+        ("forgetting", "forgetting"),
+        ("backward_transfer", "backward transfer"),
+        ("unknown_before_arrival", "unknown before they arrive"),
+    )
+    spreads = {name: evaluation.spread(name) for name, _ in figures}
+    rows = [[f"{label}, {count} orders", *_spread(spreads[name])] for name, label in figures]
+    ending = "the same head, bit for bit" if alike else "heads that differ"
+    picture = Picture(
+        "Accuracy over arrivals, all orders",
+        f"Routing accuracy on the test rows of all tasks that had arrived, in {count} random "
+        "orders; the first one, which the rest of this report is about, is dark.",
+        plots.orders_picture([each.accuracy_after_each for each in evaluation.orders]),
+    )
+    return replace(
+        report,
+        facts=(
+            *report.facts,
+            f"{count} random orders, of which the first is reported in full. All of them end with "
+            f"{ending}.",
+        ),
+        document={
+            **report.document,
+            "orders": evaluation.orders,
+            "over_orders": {**spreads, "ends_alike": alike},
+        },
+        tables=(summary_table([*summary.rows, *rows]), *others, _orders_table(evaluation)),
+        pictures=(picture, *report.pictures),
+    )
+
+
+def _spread(spread: Spread) -> list[str]:
+    between = f"{percent(spread.least)} to {percent(spread.greatest)}"
+    return [percent(spread.mean), f"deviation {points(spread.deviation)[1:]} points; {between}"]
+
+
+def _orders_table(evaluation: OrdersEvaluation) -> Table:
+    return Table(
+        "Orders",
+        (
+            *("", "at the end", "mean of tasks", "mean over arrivals", "forgetting"),
+            *("backward transfer", "unknown before", "seconds"),
+        ),
+        [
+            [
+                *(str(number), percent(each.accuracy), percent(each.average_accuracy)),
+                *(percent(each.mean_accuracy), points(each.forgetting)),
+                *(points(each.backward_transfer), percent(each.unknown_before_arrival)),
+                f"{each.seconds_registering:.1f}",
+            ]
+            for number, each in enumerate(evaluation.orders, start=1)
+        ],
+        "Unknown before: of a task's test rows just before it arrives. Seconds: of registering; "
+        "texts are embedded once.",
+    )
+
+
 def stream_report(evaluation: StreamEvaluation, source: str) -> Report:
     """The report of `evaluate stream`."""
     stream, figures, continual = evaluation.stream, evaluation.routing, evaluation.continual
@@ -70,7 +136,9 @@ def stream_report(evaluation: StreamEvaluation, source: str) -> Report:
             "average_accuracy": continual.accuracy,
             "forgetting": continual.forgetting,
             "backward_transfer": continual.backward_transfer,
+            "forward_transfer": continual.forward_transfer,
             "accuracy_after_each": evaluation.accuracy_after_each,
+            "unknown_before_arrival": evaluation.unknown_before_arrival,
             "matrix": evaluation.matrix,
         },
         **({"reject": evaluation.reject} if evaluation.reject else {}),
@@ -82,6 +150,16 @@ def stream_report(evaluation: StreamEvaluation, source: str) -> Report:
         *routing_summary(figures, evaluation.reject),
         ["forgetting", points(continual.forgetting), "mean loss from a task's best, in points"],
         ["backward transfer", points(continual.backward_transfer), "mean change since arrival"],
+        [
+            "forward transfer",
+            points(continual.forward_transfer),
+            "0 by construction: nothing is routed to a task that is not there",
+        ],
+        [
+            "unknown before they arrive",
+            percent(metrics.mean(evaluation.unknown_before_arrival)),
+            "of a task's test rows, just before it arrives; mean of tasks",
+        ],
         *(_answers_summary(answers) if answers else []),
         ["seconds", f"{evaluation.seconds:.0f}", f"of them registering: {registering:.0f}"],
     ]
@@ -103,7 +181,7 @@ def stream_report(evaluation: StreamEvaluation, source: str) -> Report:
             summary_table(summary),
             *routing_tables(figures),
             *((_answers_table(answers),) if answers else ()),
-            _registrations_table(registrations, evaluation.accuracy_after_each),
+            _registrations_table(evaluation),
         ),
         pictures=(
             *_stream_pictures(evaluation),
@@ -131,12 +209,19 @@ def _stream_pictures(evaluation: StreamEvaluation) -> tuple[Picture, ...]:
     )
 
 
-def _registrations_table(
-    registrations: Sequence[Registration], accuracies: Sequence[float]
-) -> Table:
+def _registrations_table(evaluation: StreamEvaluation) -> Table:
+    arrivals = zip(
+        evaluation.registrations,
+        evaluation.unknown_before_arrival,
+        evaluation.accuracy_after_each,
+        strict=True,
+    )
     return Table(
         "Arrivals",
-        ("", "task", "rows", "seconds", "KB", "KB of head", "changed", "accuracy after"),
+        (
+            *("", "task", "rows", "seconds", "KB", "KB of head", "changed"),
+            *("unknown before", "accuracy after"),
+        ),
         [
             [
                 str(number),
@@ -146,13 +231,13 @@ def _registrations_table(
                 f"{arrival.bytes / 1e3:.0f}",
                 f"{arrival.head_bytes / 1e3:.0f}",
                 str(arrival.changed_decisions),
+                percent(unknown),
                 percent(accuracy),
             ]
-            for number, (arrival, accuracy) in enumerate(
-                zip(registrations, accuracies, strict=True), start=1
-            )
+            for number, (arrival, unknown, accuracy) in enumerate(arrivals, start=1)
         ],
-        "Changed: held-out training rows of older tasks that are decided differently now.",
+        "Changed: held-out training rows of older tasks that are decided differently now. "
+        "Unknown before: test rows of the task that were called unknown just before it arrived.",
         in_files=True,
     )
 

@@ -101,7 +101,18 @@ class StreamFigures:
 
     accuracy: float
     backward_transfer: float
+    forward_transfer: float
     forgetting: float
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Mean, standard deviation (of a sample; 0 for one value), least and greatest of values."""
+
+    mean: float
+    deviation: float
+    least: float
+    greatest: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +224,15 @@ def mean(values: ArrayLike) -> float:
     return float(known.mean()) if known.size else math.nan
 
 
+def spread(values: Sequence[float]) -> Spread:
+    """How values lie; NaN where there are none, or one of them is."""
+    array = np.asarray(values, np.float64)
+    if not array.size:
+        return Spread(math.nan, math.nan, math.nan, math.nan)
+    deviation = float(array.std(ddof=1)) if array.size > 1 else 0.0
+    return Spread(float(array.mean()), deviation, float(array.min()), float(array.max()))
+
+
 def confused_pairs(matrix: Numbers, most: int) -> list[tuple[int, int, int]]:
     """The (task, taken for, rows) off the diagonal of a confusion matrix, most rows first."""
     pairs = [(int(i), int(j), int(matrix[i, j])) for i, j in np.argwhere(matrix) if i != j]
@@ -294,16 +314,21 @@ def stream_figures(matrix: ExactArray) -> StreamFigures:
         ACC        = mean over j of R[T, j]
         BWT        = mean over i < T of R[T, i] - R[i, i]
         forgetting = mean over j < T of (max over j <= l < T of R[l, j]) - R[T, j]
+        FWT        = mean over i > 1 of R[i - 1, i] - b_i
 
-    Forgetting below 0 is a gain. Both are 0 for one task, which has nothing to forget; tasks
-    without test rows (NaN columns) count nowhere.
+    Forgetting below 0 is a gain. All but ACC are 0 for one task, which has nothing to forget;
+    tasks without test rows (NaN columns) count nowhere. b_i is the score on task i of a learner
+    that knows no task: 0, as nothing is routed to a task that is not there. What R has above its
+    diagonal counts as 0 where it is NaN, so that FWT is 0 for routing, by construction.
     """
     last, earlier = matrix[-1], range(len(matrix) - 1)
     changes = [last[i] - matrix[i, i] for i in earlier]
     losses = [matrix[j:-1, j].max() - last[j] for j in earlier]
+    ahead = [matrix[i, i + 1] for i in earlier if not np.isnan(last[i + 1])]
     return StreamFigures(
         mean(last),
         mean(changes) if changes else 0.0,
+        mean(np.nan_to_num(ahead)) if ahead else 0.0,
         mean(losses) if losses else 0.0,
     )
 

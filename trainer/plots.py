@@ -73,6 +73,22 @@ def arrivals_picture(accuracy: Sequence[float], macro: Sequence[float]) -> bytes
     return _png(figure)
 
 
+def orders_picture(accuracies: Sequence[Sequence[float]]) -> bytes:
+    """Accuracy after every arrival in several orders; the first one is dark."""
+    figure, axes = _wide()
+    for number, accuracy in reversed(list(enumerate(accuracies))):
+        first = number == 0
+        colour, width = (_FIRST, 1.8) if first else (_QUIET, 0.9)
+        arrivals = np.arange(1, len(accuracy) + 1)
+        axes.plot(arrivals, accuracy, color=colour, lw=width, alpha=1.0 if first else 0.6)
+    values = [value for accuracy in accuracies for value in accuracy if np.isfinite(value)]
+    axes.set_ylim(max(0.0, np.floor(min(values, default=0.0) * 20 - 0.5) / 20), 1.005)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=15))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    _label(axes, "tasks in the catalog", "routed to the right task")
+    return _png(figure)
+
+
 def score_picture(
     in_scope: FloatArray | ExactArray, out_of_scope: FloatArray | ExactArray
 ) -> bytes:

@@ -170,6 +170,11 @@ def test_a_stream_of_tasks_is_registered_and_scored(one_file: Path, tmp_path: Pa
     assert routing["matrix"] == [[1.0, None, None], [1.0, 1.0, None], [1.0, 1.0, 1.0]]
     assert routing["accuracy_after_each"] == [1.0, 1.0, 1.0]
     assert routing["forgetting"] == routing["backward_transfer"] == 0.0
+    assert routing["forward_transfer"] == 0.0
+    # The first task arrives in an empty catalog.
+    first, *others = routing["unknown_before_arrival"]
+    assert first is None
+    assert all(0 <= share <= 1 for share in others)
     assert 0 <= routing["accuracy_with_rejection"] <= 1
     assert 0 <= reject["in_scope_rejected"] <= 1
     assert 0 <= reject["out_of_scope_rejected"] <= 1
@@ -192,6 +197,34 @@ def test_a_stream_of_tasks_is_registered_and_scored(one_file: Path, tmp_path: Pa
     assert "text" not in decisions[0]
     assert (folder / "report.html").read_text(encoding="utf-8").count("data:image/png") == 6
     assert (folder / "report.md").is_file()
+
+
+def test_a_stream_in_random_orders_ends_with_the_same_head(one_file: Path, tmp_path: Path) -> None:
+    arguments = (
+        *("evaluate", "stream", "--train", one_file, "--test", one_file, "--no-prompt"),
+        *("--orders", 3),
+    )
+    report = document(*arguments, "--report", tmp_path / "report")
+    orders, over = report["orders"], report["over_orders"]
+    assert len({tuple(each["order"]) for each in orders}) == 3
+    assert all(sorted(each["order"]) == sorted(TRAIN) for each in orders)
+    assert report["order"] == orders[0]["order"]
+    assert over["ends_alike"] is True
+    assert len({each["head_sha256"] for each in orders}) == 1
+    assert {each["accuracy"] for each in orders} == {report["routing"]["accuracy"]}
+    means = [each["mean_accuracy"] for each in orders]
+    assert over["mean_accuracy"]["mean"] == pytest.approx(sum(means) / 3)
+    assert over["mean_accuracy"]["least"] == min(means)
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert "Accuracy over arrivals, all orders" in page
+
+
+def test_orders_are_refused_with_prompts_or_with_an_order(one_file: Path, tmp_path: Path) -> None:
+    order = tmp_path / "order.txt"
+    order.write_text("cooking\nweather\nbanking\n")
+    arguments = ("evaluate", "stream", "--train", one_file, "--test", one_file, "--orders", 2)
+    for more in ((), ("--no-prompt", "--order", order), ("--no-prompt", "--orders", 7)):
+        assert document(*arguments, *more, exit_code=2)["error"]["field"] == "--orders"
 
 
 def run_stream(tmp_path: Path, name: str, encoder: Encoder, test: list[str]) -> StreamEvaluation:

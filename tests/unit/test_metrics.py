@@ -123,7 +123,7 @@ def test_stream_figures_follow_their_formulas() -> None:
 
 
 def test_one_task_has_nothing_to_forget() -> None:
-    assert metrics.stream_figures(np.array([[0.5]])) == metrics.StreamFigures(0.5, 0.0, 0.0)
+    assert metrics.stream_figures(np.array([[0.5]])) == metrics.StreamFigures(0.5, 0.0, 0.0, 0.0)
 
 
 def test_a_task_without_test_rows_counts_nowhere() -> None:
@@ -232,3 +232,18 @@ def test_the_macro_interval_holds_the_true_one_as_often_as_it_says() -> None:
         found = metrics.macro_interval(tasks)
         held += found.low <= shares.mean() <= found.high
     assert held / 1000 == pytest.approx(0.95, abs=0.025)
+
+
+def test_forward_transfer_is_what_is_right_before_a_task_arrives() -> None:
+    matrix = np.array([[1.0, 0.2, NAN], [0.9, 1.0, 0.4], [0.8, 0.9, 1.0]])
+    assert metrics.stream_figures(matrix).forward_transfer == pytest.approx((0.2 + 0.4) / 2)
+    # Nothing is routed to a task that is not there.
+    nothing = np.where(np.triu(np.ones((3, 3)), 1) == 1, NAN, matrix)
+    assert metrics.stream_figures(nothing).forward_transfer == 0
+
+
+def test_the_spread_of_values_is_their_mean_and_deviation() -> None:
+    found = metrics.spread([1.0, 3.0, 2.0])
+    assert found == metrics.Spread(2.0, 1.0, 1.0, 3.0)
+    assert metrics.spread([0.5]) == metrics.Spread(0.5, 0.0, 0.5, 0.5)
+    assert math.isnan(metrics.spread([]).mean)
