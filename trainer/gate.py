@@ -1,5 +1,7 @@
 """The gate: what a new task does to the others, measured before it is published.
 
+A task is new to a catalog revision also where it is restored, or rolled back to.
+
 It compares two heads on the rows that the tasks hold out in turn: the one that is live, and the one
 that would be. Nothing is guessed from similarities: a row counts as taken where it went to its own
 task before and would go to the new one, by heads that were fitted without it.
@@ -7,7 +9,7 @@ task before and would go to the new one, by heads that were fitted without it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 from router.compiling import REJECTED, held_out_by_task
 from router.errors import RefusedError
 from router.head import Head
-from router.tasks import TaskKey, TaskRecord
+from router.tasks import TaskKey
 
 DEFAULT_GATE_LIMIT = 0.05
 # One row of twenty is 5 %, and may be anything.
@@ -142,15 +144,14 @@ def measure(
     )
 
 
-def check(report: GateReport, records: Sequence[TaskRecord], limit: float) -> None:
-    """Let `records` pass, or refuse those that take more than `limit` of any old task.
+def check(report: GateReport, unforced: Collection[TaskKey], limit: float) -> None:
+    """Let new tasks pass, or refuse those that take more than `limit` of any old task.
 
-    A record with a forced reason passes. A single row is never too much.
+    Those that are not among `unforced` pass. A single row is never too much.
 
     Raises:
         InterferenceError: some take too much, and are not forced.
     """
-    unforced = {record.key for record in records if not record.forced_reason}
     guilty = {
         t.by
         for t in report.taken

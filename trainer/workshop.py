@@ -109,20 +109,22 @@ class Workshop:
         live: Mapping[str, int | None],
         change: PolicyChange | None = None,
         gate_limit: float | None = None,
+        force: str = "",
     ) -> Published:
         """Compile the head for what will be live, store it, and append to the catalog.
 
-        With a `gate_limit`, records that take more than that share of an old task are refused.
+        With a `gate_limit`, tasks that were not live, and take more than that share of one that
+        was, are refused; not so where `force` or a new record gives a reason, which is recorded.
 
         All of it happens while other writers are held off, so that registrations at the same time
         cannot miss each other. A crash anywhere before the commit leaves only orphan files.
 
         Raises:
-            InterferenceError: a record takes too much of an old task, and is not forced.
+            InterferenceError: a task takes too much of another one, and is not forced.
             TaskNotFoundError: `change` falls back to a task that would not be live.
         """
         try:
-            published = self._publish(action, records, live, change, gate_limit)
+            published = self._publish(action, records, live, change, gate_limit, force)
         except BaseException:
             self._forget(records)
             raise
@@ -136,6 +138,7 @@ class Workshop:
         live: Mapping[str, int | None],
         change: PolicyChange | None,
         gate_limit: float | None,
+        force: str,
     ) -> Published:
         catalog = self.catalog
         with catalog.appending():
@@ -145,7 +148,8 @@ class Workshop:
             new = {record.key: record for record in records}
             for record in records:
                 catalog.refuse_existing(record)
-            tasks = {key.name: key for key in catalog.live(parent)}
+            old = catalog.live(parent)
+            tasks = {key.name: key for key in old}
             for name, revision in live.items():
                 tasks.pop(name, None)
                 if revision is not None:
@@ -165,9 +169,11 @@ class Workshop:
             rows = {key: self._rows(key) for key in known}
             changed = changed_decisions(before, head, rows) if before is not None else {}
             gate = None
-            if gate_limit is not None and records:
-                gate = measure(before, head, rows, sorted(new))
-                check(gate, records, gate_limit)
+            arriving = sorted(set(tasks.values()) - set(old))
+            if gate_limit is not None and arriving:
+                gate = measure(before, head, rows, arriving)
+                forced = {record.key for record in records if record.forced_reason}
+                check(gate, () if force else {*arriving} - forced, gate_limit)
             revision = catalog.append(
                 Publication(
                     action,
@@ -180,6 +186,7 @@ class Workshop:
                         **head.summary,
                         "changed_decisions": changed,
                         **({"gate": gate.document()} if gate is not None else {}),
+                        **({"forced": force} if force else {}),
                     },
                 )
             )

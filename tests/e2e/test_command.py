@@ -140,6 +140,26 @@ def test_a_decision_is_explained_and_its_closest_row_found_in_the_file(home: Pat
     assert (error["field"], "registered from" in error["remedy"]) == ("--data", True)
 
 
+def test_a_task_that_comes_back_and_takes_others_rows_is_refused(
+    home: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "home"
+    data = write(tmp_path / "rain.jsonl", TASKS["weather"])
+    flags = ("--no-prompt", "--home", folder, "--json")
+    document(promptyard("register", "weather", "--data", data, *flags))
+    document(promptyard("retire", "weather", "--home", folder, "--json"))
+    for name in ("rain", "banking"):
+        rows = write(tmp_path / f"{name}.jsonl", TASKS.get(name, TASKS["weather"]))
+        document(promptyard("register", name, "--data", rows, *flags))
+    error = document(promptyard("restore", "weather", "--home", folder, "--json"), exit_code=3)
+    assert error["error"]["reason"] == "REGISTRATION_REFUSED"
+    people = promptyard("restore", "weather", "--home", folder)
+    assert people.exit_code == 3
+    assert "rain@1" in people.stdout
+    forced = promptyard("restore", "weather", "--force", "a trial", "--home", folder, "--json")
+    assert document(forced)["gate"]["taken"][0]["task"] == "rain@1"
+
+
 def test_a_policy_goes_to_the_server_with_the_call(address: str) -> None:
     flags = ("--on-unknown", "fallback:weather", "--server", address, "--json")
     [answer] = document(promptyard("generate", "snow on tax law", *flags))

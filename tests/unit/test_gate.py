@@ -13,7 +13,6 @@ from router.head import Head, with_thresholds
 from router.statistics import PooledMoments
 from router.tasks import Policy, TaskKey
 from tests.catalogs import (
-    new_record,
     new_workshop,
     publish,
     random_task,
@@ -88,17 +87,17 @@ def test_without_old_tasks_there_is_nothing_to_take() -> None:
     ],
 )
 def test_more_than_the_limit_is_refused_but_not_a_single_row_or_a_forced_task(
-    workshop: Workshop, rows: int, limit: float, force: str, refused: bool
+    rows: int, limit: float, force: str, refused: bool
 ) -> None:
     before = decided(A, B, held_out=[0, 0, 0, 0, 1, 1])
     after = decided(A, B, NEW, held_out=[2] * rows + [0] * (4 - rows) + [1, 1, 2, 2, 2, 2])
     report = measure(before, after, ROWS, [NEW])
-    record = new_record(workshop, "new", forced_reason=force)
+    unforced = [] if force else [NEW]
     if not refused:
-        check(report, [record], limit)
+        check(report, unforced, limit)
         return
     with pytest.raises(InterferenceError) as error:
-        check(report, [record], limit)
+        check(report, unforced, limit)
     assert error.value.tasks == (NEW,)
     assert "takes 50.0% of a@1 (2 of 4 held-out rows)" in str(error.value)
     assert "right on old tasks 100.0% -> 66.7%" in str(error.value)

@@ -14,6 +14,7 @@ from router.settings import DEFAULT_ENCODER
 from trainer.cli.console import (
     AsJson,
     EncoderName,
+    GateLimit,
     Home,
     err,
     errors_for_people,
@@ -22,13 +23,17 @@ from trainer.cli.console import (
     print_json,
     print_table,
 )
-from trainer.cli.published import print_published, summary
+from trainer.cli.published import print_published, publish_or_refuse, summary
 
 if TYPE_CHECKING:
     from router.tasks import TaskRecord
     from trainer.workshop import Workshop
 
 TaskName = Annotated[str, typer.Argument(metavar="NAME", help="The task's name.")]
+Force = Annotated[
+    str,
+    typer.Option(metavar="REASON", help="Let it take too much of others; the reason is recorded."),
+]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -154,16 +159,19 @@ def retire(
 
 def restore(
     name: TaskName,
+    gate_limit: GateLimit = None,
+    force: Force = "",
     home: Home = None,
     encoder: EncoderName = DEFAULT_ENCODER,
     as_json: AsJson = False,
 ) -> None:
-    """Bring a retired task back."""
+    """Bring a retired task back. It passes the gate as a new task does."""
     with errors_for_people(as_json):
         from trainer import lifecycle
 
         with open_workshop(home, encoder) as workshop:
-            print_published(lifecycle.restore(workshop, name), as_json)
+            limit = gate_share(gate_limit)
+            publish_or_refuse(lambda: lifecycle.restore(workshop, name, limit, force), as_json)
 
 
 def rollback(
@@ -171,16 +179,21 @@ def rollback(
     to: Annotated[
         int | None, typer.Option(help="The revision to go back to. Default: the one before.")
     ] = None,
+    gate_limit: GateLimit = None,
+    force: Force = "",
     home: Home = None,
     encoder: EncoderName = DEFAULT_ENCODER,
     as_json: AsJson = False,
 ) -> None:
-    """Make an older revision of a task live again."""
+    """Make an older revision of a task live again. It passes the gate as a new task does."""
     with errors_for_people(as_json):
         from trainer import lifecycle
 
         with open_workshop(home, encoder) as workshop:
-            print_published(lifecycle.rollback(workshop, name, to), as_json)
+            publish_or_refuse(
+                lambda: lifecycle.rollback(workshop, name, to, gate_share(gate_limit), force),
+                as_json,
+            )
 
 
 @contextmanager
@@ -195,6 +208,13 @@ def open_workshop(home: Path | None, encoder: str) -> Iterator[Workshop]:
     CatalogReader(folder).close()
     with Workshop(folder, load_encoder(encoder)) as workshop, one_blas_thread():
         yield workshop
+
+
+def gate_share(limit: float | None) -> float:
+    """The limit of the gate that was asked for, or the default."""
+    from trainer.gate import DEFAULT_GATE_LIMIT
+
+    return DEFAULT_GATE_LIMIT if limit is None else limit
 
 
 def _show_row(
