@@ -60,7 +60,7 @@ GateLimit = Annotated[
     typer.Option(
         min=0,
         max=1,
-        help="Share of an old task's held-out rows that a new one may take. Default: 0.05.",
+        help="Share of another task's held-out rows that a new one may take. Default: 0.05.",
     ),
 ]
 Server = Annotated[

@@ -83,9 +83,9 @@ def print_gate(gate: GateReport, suspects: Sequence[SuspectInput] = ()) -> None:
         )
     if gate.taken:
         print_table(
-            ["old task", "taken by", "rows", "share"],
+            ["task", "taken by", "rows", "share"],
             [[t.task, t.by, f"{t.taken} of {t.rows}", f"{t.share:.1%}"] for t in gate.taken[:10]],
-            title="held-out rows of old tasks that go to the new one",
+            title="held-out rows of a task that go to a new one",
         )
     for new, old in gate.near_duplicates:
         out.print(f"{new} is nearly the same as {old}: a fifth of their rows or more is mixed up")
