@@ -181,6 +181,8 @@ class RouterServicer(RouterServiceServicer):
             started_at=timestamp(self._facts.started_at),
             max_text_bytes=self._router.limits.max_text_bytes,
             max_batch_texts=self._router.limits.max_batch_texts,
+            on_unknown=str(snapshot.rejection),
+            fallback_missing=not snapshot.rejection.is_served(snapshot.tasks),
         )
         if answerer is not None:
             response.base_model.name = answerer.model.name

@@ -557,6 +557,8 @@ class GetStatusResponse(_message.Message):
     STARTED_AT_FIELD_NUMBER: _builtins.int
     MAX_TEXT_BYTES_FIELD_NUMBER: _builtins.int
     MAX_BATCH_TEXTS_FIELD_NUMBER: _builtins.int
+    ON_UNKNOWN_FIELD_NUMBER: _builtins.int
+    FALLBACK_MISSING_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
     """revision is the catalog revision that is being served."""
     newest_revision: _builtins.int
@@ -575,6 +577,10 @@ class GetStatusResponse(_message.Message):
     """max_text_bytes is the limit of a text."""
     max_batch_texts: _builtins.int
     """max_batch_texts is the limit of a batch."""
+    on_unknown: _builtins.str
+    """on_unknown is the catalog's rejection policy: `abstain`, `best` or `fallback:TASK`."""
+    fallback_missing: _builtins.bool
+    """fallback_missing is true where the task that the policy falls back to is not served."""
     @_builtins.property
     def out_of_service(self) -> _containers.RepeatedCompositeFieldContainer[Global___OutOfService]:
         """out_of_service are the tasks that cannot be answered, and why."""
@@ -606,10 +612,12 @@ class GetStatusResponse(_message.Message):
         started_at: _timestamp_pb2.Timestamp | None = ...,
         max_text_bytes: _builtins.int = ...,
         max_batch_texts: _builtins.int = ...,
+        on_unknown: _builtins.str = ...,
+        fallback_missing: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "encoder", b"encoder", "started_at", b"started_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "encoder", b"encoder", "head", b"head", "max_batch_texts", b"max_batch_texts", "max_text_bytes", b"max_text_bytes", "newest_revision", b"newest_revision", "out_of_service", b"out_of_service", "problem", b"problem", "revision", b"revision", "started_at", b"started_at", "tasks", b"tasks", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "encoder", b"encoder", "fallback_missing", b"fallback_missing", "head", b"head", "max_batch_texts", b"max_batch_texts", "max_text_bytes", b"max_text_bytes", "newest_revision", b"newest_revision", "on_unknown", b"on_unknown", "out_of_service", b"out_of_service", "problem", b"problem", "revision", b"revision", "started_at", b"started_at", "tasks", b"tasks", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

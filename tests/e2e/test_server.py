@@ -219,6 +219,8 @@ def test_a_catalogs_fallback_that_was_retired_is_told_and_is_no_error(serving: S
     serving.live.snapshot = replace(make_snapshot(), rejection=gone)
     decision = serving.router.Route(route("tax law"), timeout=TIMEOUT).decision
     assert (decision.used_task, decision.use) == ("", decision_pb2.USE_FALLBACK_MISSING)
+    status = serving.router.GetStatus(messages.GetStatusRequest(), timeout=TIMEOUT)
+    assert (status.on_unknown, status.fallback_missing) == ("fallback:retired", True)
     request = messages.GenerateRequest(text="tax law")
     *_, summary = serving.router.Generate(request, timeout=TIMEOUT)
     assert summary.summary.finish_reason == messages.FINISH_REASON_NO_TASK
