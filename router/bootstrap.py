@@ -65,8 +65,11 @@ def open_router(settings: ServerSettings, observer: Observer = UNOBSERVED) -> It
     Raises:
         PromptyardError: a model or the catalog cannot be loaded.
     """
+    from router.artifacts import ArtifactReader
     from router.background import measure_background
+    from router.catalog import ARTIFACTS_FOLDER
     from router.embedding_cache import CachingEncoder
+    from router.explaining import Explainer
     from router.live import LiveCatalog
     from router.loading import ServedModels
 
@@ -94,8 +97,12 @@ def open_router(settings: ServerSettings, observer: Observer = UNOBSERVED) -> It
             closing.callback(answerer.close)
         if settings.cache_mib > 0:
             encoder = CachingEncoder(encoder, int(settings.cache_mib * 2**20), observer)
+        explainer = Explainer(
+            ArtifactReader(settings.home / ARTIFACTS_FOLDER), models.background, observer
+        )
+        closing.callback(explainer.close)
         router = Router(
-            live, encoder, answerer, settings.limits, settings.routing_batches, observer
+            live, encoder, answerer, settings.limits, settings.routing_batches, observer, explainer
         )
         closing.callback(router.close)
         yield router

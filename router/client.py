@@ -17,13 +17,16 @@ from grpc_status import rpc_status
 from router.answer import AnswerEvent
 from router.decision import Decision
 from router.errors import InvalidInputError
+from router.explanation import Explanation
+from router.rejection import RejectionPolicy
 from router.tasks import SoftPrompt
 from router.v1 import router_service_pb2 as messages
 from router.v1 import task_pb2
 from router.v1 import task_service_pb2 as task_messages
 from router.v1.router_service_pb2_grpc import RouterServiceStub
 from router.v1.task_service_pb2_grpc import TaskServiceStub
-from router.wire import answer_value, decision_value, prompt_method_value
+from router.wire import answer_value, prompt_method_value
+from router.wire_decisions import decision_value, explanation_value, rejection_message
 
 Response = TypeVar("Response")
 
@@ -98,6 +101,8 @@ class RouterError(Exception):
 class RouterClient:
     """Calls a Promptyard server. Thread-safe; close it, or use it in a `with`.
 
+    `on_unknown` says which task is used for a text that fits none; None: as the catalog says.
+
     Every method may raise RouterError.
     """
 
@@ -138,17 +143,33 @@ class RouterClient:
         """Close the connection; calls that are running are cancelled."""
         self._channel.close()
 
-    def route(self, text: str, top_k: int = 0) -> Decision:
+    def route(
+        self, text: str, top_k: int = 0, *, on_unknown: RejectionPolicy | None = None
+    ) -> Decision:
         """The decision on one text."""
-        request = messages.RouteRequest(text=text, top_k=top_k)
+        policy = rejection_message(on_unknown)
+        request = messages.RouteRequest(text=text, top_k=top_k, on_unknown=policy)
         with _router_errors():
             return decision_value(
                 self._router.Route(request, timeout=self._timeout, metadata=self._metadata).decision
             )
 
-    def batch_route(self, texts: Sequence[str], top_k: int = 0) -> list[Decision]:
+    def explain(
+        self, text: str, top_k: int = 0, *, on_unknown: RejectionPolicy | None = None
+    ) -> tuple[Decision, Explanation]:
+        """The decision on one text, and why it is what it is."""
+        policy = rejection_message(on_unknown)
+        request = messages.RouteRequest(text=text, top_k=top_k, on_unknown=policy, explain=True)
+        with _router_errors():
+            response = self._router.Route(request, timeout=self._timeout, metadata=self._metadata)
+        return decision_value(response.decision), explanation_value(response.explanation)
+
+    def batch_route(
+        self, texts: Sequence[str], top_k: int = 0, *, on_unknown: RejectionPolicy | None = None
+    ) -> list[Decision]:
         """One decision per text, all at one catalog revision."""
-        request = messages.BatchRouteRequest(texts=texts, top_k=top_k)
+        policy = rejection_message(on_unknown)
+        request = messages.BatchRouteRequest(texts=texts, top_k=top_k, on_unknown=policy)
         with _router_errors():
             response = self._router.BatchRoute(
                 request, timeout=self._timeout, metadata=self._metadata
@@ -156,10 +177,13 @@ class RouterClient:
         return [decision_value(decision) for decision in response.decisions]
 
     def stream_route(
-        self, texts: Iterable[str], top_k: int = 0
+        self, texts: Iterable[str], top_k: int = 0, *, on_unknown: RejectionPolicy | None = None
     ) -> Iterator[Decision | RouterError]:
         """One result per text, in order. A bad text gives its error as the result, unraised."""
-        requests = (messages.StreamRouteRequest(text=text, top_k=top_k) for text in texts)
+        policy = rejection_message(on_unknown)
+        requests = (
+            messages.StreamRouteRequest(text=text, top_k=top_k, on_unknown=policy) for text in texts
+        )
         with _reading(
             self._router.StreamRoute(
                 requests, timeout=self._stream_timeout, metadata=self._metadata
@@ -180,6 +204,7 @@ class RouterClient:
         context: Sequence[str] = (),
         max_output_tokens: int = 0,
         top_k: int = 0,
+        on_unknown: RejectionPolicy | None = None,
     ) -> Iterator[AnswerEvent]:
         """The decision, pieces of the answer, then a summary. Closing the iterator cancels."""
         request = messages.GenerateRequest(
@@ -188,6 +213,7 @@ class RouterClient:
             context=context,
             max_output_tokens=max_output_tokens,
             top_k=top_k,
+            on_unknown=rejection_message(on_unknown),
         )
         with _reading(
             self._router.Generate(request, timeout=self._stream_timeout, metadata=self._metadata)

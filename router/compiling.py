@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from router.calibrating import fit_probability
 from router.cross_fitting import HeldOutScores, cross_fitting
 from router.fitting import Background, Fitter, combine, fit_nearest_mean, lda_fitter
 from router.head import Head, empty_head
@@ -62,6 +63,7 @@ def compile_head(
         background=None if term.offset is None else term.offset.astype(np.float32),
         held_out=decided.astype(np.int32),
         summary=_summary(held_out, decided, margin, policy),
+        probability=fit_probability(held_out),
     )
 
 

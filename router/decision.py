@@ -6,6 +6,7 @@ import enum
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from router.tasks import TaskKey
 
@@ -16,6 +17,27 @@ class Outcome(enum.Enum):
     MATCHED = "matched"
     AMBIGUOUS = "ambiguous"
     UNKNOWN = "unknown"
+
+
+class Use(enum.Enum):
+    """Why a task is used for an input, or why none is."""
+
+    MATCHED = "matched"
+    BEST_OF_AMBIGUOUS = "best_of_ambiguous"
+    FALLBACK = "fallback"
+    BEST_ANYWAY = "best_anyway"
+    NAMED = "named"
+    ABSTAINED = "abstained"
+    FALLBACK_MISSING = "fallback_missing"
+    NO_TASKS = "no_tasks"
+
+
+USE_WITHOUT_POLICY = {
+    Outcome.MATCHED: Use.MATCHED,
+    Outcome.AMBIGUOUS: Use.BEST_OF_AMBIGUOUS,
+    Outcome.UNKNOWN: Use.ABSTAINED,
+}
+"""What a decision says before any rejection policy is applied to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +54,10 @@ class Decision:
     """The verdict on one text at one catalog revision.
 
     `score`, `threshold` and `margin` are those of the best candidate, also where the outcome is
-    `UNKNOWN`; `task` is None then. `candidates` are best first.
+    `UNKNOWN`; `task` is None then. `candidates` are best first. `used` is the task to answer
+    under, for the reason `use`: `task`, unless a rejection policy names one for an unknown input.
+    `probability` is that of the best candidate to be right, if the text belongs to a task at all;
+    None where the head knows none: it has a single task, or is of an older version.
     """
 
     outcome: Outcome
@@ -43,6 +68,16 @@ class Decision:
     revision: int
     truncated: bool
     candidates: tuple[Candidate, ...] = ()
+    used: TaskKey | None = None
+    use: Use = Use.ABSTAINED
+    probability: float | None = None
+
+
+class Calibration(Protocol):
+    """What a head knows of how often it is right."""
+
+    def of(self, score: float, margin: float) -> float:
+        """The probability that a best task of this score and margin is the right one."""
 
 
 def decide(
@@ -52,6 +87,7 @@ def decide(
     revision: int,
     truncated: bool = False,
     top_k: int = 0,
+    calibration: Calibration | None = None,
 ) -> Decision:
     """Decide from `candidates`, best first.
 
@@ -68,13 +104,17 @@ def decide(
         outcome = Outcome.AMBIGUOUS
     else:
         outcome = Outcome.MATCHED
+    task = None if outcome is Outcome.UNKNOWN else best.task
     return Decision(
         outcome,
-        None if outcome is Outcome.UNKNOWN else best.task,
+        task,
         best.score,
         margin,
         best.threshold,
         revision,
         truncated,
         tuple(candidates[:top_k]),
+        task,
+        USE_WITHOUT_POLICY[outcome],
+        None if calibration is None else calibration.of(best.score, margin),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from safetensors.numpy import load, save
 from router.errors import CorruptArtifactError
 from router.fitting import row_scores
 from router.interfaces import FloatArray
+from router.probability import MatchProbability
 from router.tasks import TaskKey
 
 HEAD_FORMAT = 1
@@ -44,6 +45,7 @@ class Head:
     background: FloatArray | None
     held_out: NDArray[np.int32]
     summary: Mapping[str, float]
+    probability: MatchProbability | None = None
 
     def queries(self, vectors: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Embeddings `[B, D]` to queries `[B, D + 1]` for the rows, and score offsets `[B]`."""
@@ -85,6 +87,8 @@ class Head:
             "ambiguity_margin": self.ambiguity_margin,
             "summary": dict(self.summary),
         }
+        if self.probability is not None:
+            about["probability"] = asdict(self.probability)
         return save(
             {name: np.ascontiguousarray(value) for name, value in tensors.items()},
             metadata={"head": json.dumps(about, sort_keys=True)},
@@ -114,6 +118,7 @@ class Head:
                 tensors.get("background"),
                 tensors["held_out"],
                 about["summary"],
+                MatchProbability(**about["probability"]) if "probability" in about else None,
             )
             head._check()
         except (SafetensorError, ValueError, KeyError, TypeError) as error:

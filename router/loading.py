@@ -18,6 +18,7 @@ from router.errors import CorruptArtifactError, IncompatibleModelError, Promptya
 from router.fitting import Background
 from router.head import Head, empty_head
 from router.interfaces import FloatArray
+from router.rejection import RejectionPolicy
 from router.snapshot import Snapshot
 from router.statistics import PooledMoments, TaskStatistics
 from router.tasks import PromptMethod, ServedTask, SoftPrompt, TaskKey, TaskRecord
@@ -69,7 +70,8 @@ class SnapshotLoader:
         live = catalog.live(revision)
         known = previous.tasks if previous is not None else {}
         tasks = {key.name: self._task(catalog, key, known) for key in live}
-        return Snapshot.build(revision, self._head(catalog, about, live), tasks)
+        rejection = RejectionPolicy.parse(about.policy.on_unknown, f"policy of revision {revision}")
+        return Snapshot.build(revision, self._head(catalog, about, live), tasks, rejection)
 
     def _task(
         self, catalog: CatalogReader, key: TaskKey, known: Mapping[str, ServedTask]

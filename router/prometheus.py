@@ -86,6 +86,12 @@ class PrometheusMetrics:
             ["task", "outcome"],
             registry=self.registry,
         )
+        self._used = Counter(
+            "promptyard_tasks_used",
+            "Texts by the task that they are to be answered under (empty: none), and why it is.",
+            ["task", "use"],
+            registry=self.registry,
+        )
         self._scores = Summary(
             "promptyard_decision_score",
             "Scores of the tasks that texts were routed to, rejected texts left out.",
@@ -116,6 +122,8 @@ class PrometheusMetrics:
         """See `router.interfaces.Observer`."""
         task = "" if decision.task is None else decision.task.name
         self._decisions.labels(task, decision.outcome.value).inc()
+        used = "" if decision.used is None else decision.used.name
+        self._used.labels(used, decision.use.value).inc()
         if task and math.isfinite(decision.score):
             self._scores.labels(task).observe(decision.score)
 

@@ -14,11 +14,19 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from router.answer import AnswerEvent, AnswerSummary, FinishReason
 from router.answering import Answerer, Question, with_context
 from router.batching import BatchLimits, MicroBatcher
-from router.decision import Decision, Outcome
-from router.errors import NoPromptError, TaskOutOfServiceError
+from router.decision import Decision, Outcome, Use
+from router.errors import (
+    InvalidInputError,
+    NoPromptError,
+    TaskNotFoundError,
+    TaskOutOfServiceError,
+)
+from router.explaining import LEAST_EXPLAINED, Explainer
+from router.explanation import Explanation
 from router.interfaces import Embeddings, Encoder, Generation, Observer, PromptedInput
 from router.limits import Limits
 from router.observing import UNOBSERVED
+from router.rejection import RejectionPolicy
 from router.snapshot import Snapshot
 from router.tasks import ServedTask, SoftPrompt
 
@@ -41,18 +49,22 @@ class Live(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Question:
-    """One text in the encoder's queue, and the snapshot that its caller took."""
+    """One text in the encoder's queue, the snapshot that its caller took, and the policy."""
 
     text: str
     top_k: int
     snapshot: Snapshot
+    rejection: RejectionPolicy
 
 
 class Router:
     """Routes texts and answers them. Belongs to one event loop; the models run in threads.
 
+    `on_unknown` says which task is used for a text that fits none; None: as the catalog says.
+
     Every method checks its input, and may raise:
         InvalidInputError: a field is malformed or over a limit.
+        TaskNotFoundError: `on_unknown` falls back to a task that is not served.
         OverloadedError: too much is waiting already.
     """
 
@@ -64,12 +76,14 @@ class Router:
         limits: Limits,
         batch_limits: BatchLimits,
         observer: Observer = UNOBSERVED,
+        explainer: Explainer | None = None,
     ) -> None:
         self.live = live
         self.encoder = encoder
         self.answerer = answerer
         self.limits = limits
         self.observer = observer
+        self._explainer = explainer
         self._batcher = MicroBatcher(
             self._decide,
             self._count_tokens,
@@ -87,19 +101,33 @@ class Router:
             queued["answering"] = self.answerer.queued
         return queued
 
-    async def route(self, text: str, top_k: int = 0) -> Decision:
+    async def route(
+        self, text: str, top_k: int = 0, on_unknown: RejectionPolicy | None = None
+    ) -> Decision:
         """The decision on one text."""
         self.limits.check_text(text)
-        self.limits.check_top_k(top_k)
-        [decision] = await self._batcher.submit([_Question(text, top_k, self.live.snapshot)])
+        [decision] = await self._route([text], top_k, self.live.snapshot, on_unknown)
         return decision
 
-    async def route_batch(self, texts: Sequence[str], top_k: int = 0) -> list[Decision]:
+    async def explain(
+        self, text: str, top_k: int = 0, on_unknown: RejectionPolicy | None = None
+    ) -> tuple[Decision, Explanation]:
+        """The decision on one text, and why it is what it is."""
+        if self._explainer is None:
+            raise InvalidInputError("explain", True, "ask a server that reads stored rows")
+        self.limits.check_text(text)
+        snapshot = self.live.snapshot
+        explained = max(top_k, LEAST_EXPLAINED) if top_k >= 0 else top_k
+        [decision] = await self._route([text], explained, snapshot, on_unknown)
+        explanation = await self._explainer.explain(snapshot, self.encoder, text, decision)
+        return _listing(decision, top_k), explanation
+
+    async def route_batch(
+        self, texts: Sequence[str], top_k: int = 0, on_unknown: RejectionPolicy | None = None
+    ) -> list[Decision]:
         """One decision per text, all at one catalog revision."""
         self.limits.check_texts(texts)
-        self.limits.check_top_k(top_k)
-        snapshot = self.live.snapshot
-        return await self._batcher.submit([_Question(text, top_k, snapshot) for text in texts])
+        return await self._route(texts, top_k, self.live.snapshot, on_unknown)
 
     async def generate(
         self,
@@ -109,6 +137,7 @@ class Router:
         context: Sequence[str] = (),
         max_output_tokens: int = 0,
         top_k: int = 0,
+        on_unknown: RejectionPolicy | None = None,
     ) -> AsyncGenerator[AnswerEvent]:
         """The decision, then the answer in pieces, then a summary, all of one catalog revision.
 
@@ -122,20 +151,20 @@ class Router:
         """
         self.limits.check_text(text)
         self.limits.check_context(context, text)
-        self.limits.check_top_k(top_k)
         output_tokens = self.limits.output_tokens(max_output_tokens)
         if self.answerer is None:
             raise _no_base_model()
         snapshot = self.live.snapshot
         if task:
+            self.limits.check_top_k(top_k)
             decision = _named(snapshot, task)
         else:
-            [decision] = await self._batcher.submit([_Question(text, top_k, snapshot)])
+            [decision] = await self._route([text], top_k, snapshot, on_unknown)
         yield decision
-        if decision.task is None:
+        if decision.used is None:
             yield AnswerSummary(FinishReason.NO_TASK)
             return
-        served = snapshot.task(decision.task.name)
+        served = snapshot.task(decision.used.name)
         prompt = usable_prompt(served)
         question = Question(
             PromptedInput(with_context(text, context), prompt.values, prompt.method),
@@ -150,6 +179,20 @@ class Router:
         """Wait for the batch that is running and end its thread."""
         self._batcher.close()
 
+    async def _route(
+        self,
+        texts: Sequence[str],
+        top_k: int,
+        snapshot: Snapshot,
+        on_unknown: RejectionPolicy | None,
+    ) -> list[Decision]:
+        """Decide texts that were checked."""
+        self.limits.check_top_k(top_k)
+        rejection = _rejection(snapshot, on_unknown)
+        return await self._batcher.submit(
+            [_Question(text, top_k, snapshot, rejection) for text in texts]
+        )
+
     def _count_tokens(self, questions: Sequence[_Question]) -> list[int]:
         return self.encoder.count_tokens([question.text for question in questions])
 
@@ -160,7 +203,8 @@ class Router:
         encoded = time.perf_counter()
         self.observer.stage_ended("routing_encode", encoded - began)
         first = questions[0].snapshot
-        top_k = max(question.top_k for question in questions)
+        # A policy may use the best candidate.
+        top_k = max(1, *(question.top_k for question in questions))
         if all(question.snapshot is first for question in questions):
             decisions = first.decide(embeddings, top_k)
         else:
@@ -169,13 +213,14 @@ class Router:
                 question.snapshot.decide(_row(embeddings, position), top_k)[0]
                 for position, question in enumerate(questions)
             ]
-        self.observer.stage_ended("routing_decide", time.perf_counter() - encoded)
-        for decision in decisions:
-            self.observer.decided(decision)
-        return [
-            _listing(decision, question.top_k)
+        decided = [
+            _listing(question.snapshot.apply(decision, question.rejection), question.top_k)
             for decision, question in zip(decisions, questions, strict=True)
         ]
+        self.observer.stage_ended("routing_decide", time.perf_counter() - encoded)
+        for decision in decided:
+            self.observer.decided(decision)
+        return decided
 
 
 def _use_one_thread_for_arrays() -> None:
@@ -214,11 +259,30 @@ def _no_base_model() -> NoPromptError:
     )
 
 
+def _rejection(snapshot: Snapshot, asked: RejectionPolicy | None) -> RejectionPolicy:
+    """The policy of a request. The catalog's may name a task that was retired since."""
+    if asked is None:
+        return snapshot.rejection
+    if not asked.is_served(snapshot.tasks):
+        raise TaskNotFoundError(
+            "on_unknown.fallback_task", asked.fallback_task, "name a task that ListTasks lists"
+        )
+    return asked
+
+
 def _named(snapshot: Snapshot, name: str) -> Decision:
     key = snapshot.task(name).record.key
     threshold = snapshot.head.thresholds[snapshot.head.tasks.index(key)]
     return Decision(
-        Outcome.MATCHED, key, math.nan, math.nan, threshold, snapshot.revision, truncated=False
+        Outcome.MATCHED,
+        key,
+        math.nan,
+        math.nan,
+        threshold,
+        snapshot.revision,
+        truncated=False,
+        used=key,
+        use=Use.NAMED,
     )
 
 

@@ -31,12 +31,12 @@ from router.v1.task_service_pb2_grpc import TaskServiceServicer
 from router.wire import (
     Unreadable,
     answer_message,
-    decision_message,
     prompt_method_message,
     stream_error_message,
     task_message,
     timestamp,
 )
+from router.wire_decisions import decision_message, explanation_message, rejection_value
 
 CHUNK_BYTES = 64 * 1024
 # Texts of one stream that are being decided at the same time: enough to fill batches.
@@ -66,7 +66,15 @@ class RouterServicer(RouterServiceServicer):
         self, request: messages.RouteRequest, context: Context
     ) -> messages.RouteResponse:
         """One text, one decision."""
-        decision = await self._router.route(request.text, request.top_k)
+        policy = rejection_value(request.on_unknown)
+        if request.explain:
+            decision, why = await self._router.explain(request.text, request.top_k, policy)
+            return messages.RouteResponse(
+                decision=decision_message(decision),
+                revision=decision.revision,
+                explanation=explanation_message(why),
+            )
+        decision = await self._router.route(request.text, request.top_k, policy)
         return messages.RouteResponse(
             decision=decision_message(decision), revision=decision.revision
         )
@@ -75,7 +83,8 @@ class RouterServicer(RouterServiceServicer):
         self, request: messages.BatchRouteRequest, context: Context
     ) -> messages.BatchRouteResponse:
         """Many texts at one revision."""
-        decisions = await self._router.route_batch(request.texts, request.top_k)
+        policy = rejection_value(request.on_unknown)
+        decisions = await self._router.route_batch(request.texts, request.top_k, policy)
         return messages.BatchRouteResponse(
             decisions=[decision_message(decision) for decision in decisions],
             revision=decisions[0].revision,
@@ -119,6 +128,7 @@ class RouterServicer(RouterServiceServicer):
             context=request.context,
             max_output_tokens=request.max_output_tokens,
             top_k=request.top_k,
+            on_unknown=rejection_value(request.on_unknown),
         )
         revision = 0
         async with aclosing(events):
@@ -179,6 +189,8 @@ class RouterServicer(RouterServiceServicer):
             started_at=timestamp(self._facts.started_at),
             max_text_bytes=self._router.limits.max_text_bytes,
             max_batch_texts=self._router.limits.max_batch_texts,
+            on_unknown=str(snapshot.rejection),
+            fallback_missing=not snapshot.rejection.is_served(snapshot.tasks),
         )
         if answerer is not None:
             response.base_model.name = answerer.model.name
@@ -191,7 +203,8 @@ class RouterServicer(RouterServiceServicer):
         try:
             if isinstance(request, Unreadable):
                 raise request.error
-            decision = await self._router.route(request.text, request.top_k)
+            policy = rejection_value(request.on_unknown)
+            decision = await self._router.route(request.text, request.top_k, policy)
         except PromptyardError as error:
             return messages.StreamRouteResponse(
                 error=stream_error_message(error),

@@ -12,6 +12,7 @@ from router.errors import TaskNotFoundError
 from router.head import Head
 from router.index import CentroidIndex
 from router.interfaces import Embeddings
+from router.rejection import ABSTAIN, RejectionPolicy
 from router.tasks import ServedTask
 
 # The best task's score and margin need two candidates, whatever a caller wants listed.
@@ -20,17 +21,24 @@ _LEAST_CANDIDATES = 2
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Head, index and tasks of one catalog revision."""
+    """Head, index, tasks and rejection policy of one catalog revision."""
 
     revision: int
     head: Head
     index: CentroidIndex
     tasks: Mapping[str, ServedTask]
+    rejection: RejectionPolicy = ABSTAIN
 
     @classmethod
-    def build(cls, revision: int, head: Head, tasks: Mapping[str, ServedTask]) -> Snapshot:
+    def build(
+        cls,
+        revision: int,
+        head: Head,
+        tasks: Mapping[str, ServedTask],
+        rejection: RejectionPolicy = ABSTAIN,
+    ) -> Snapshot:
         """Build the index over the head's rows."""
-        return cls(revision, head, CentroidIndex(head.rows, head.row_task), tasks)
+        return cls(revision, head, CentroidIndex(head.rows, head.row_task), tasks, rejection)
 
     def task(self, name: str) -> ServedTask:
         """The task of that name.
@@ -46,7 +54,10 @@ class Snapshot:
             ) from None
 
     def decide(self, embeddings: Embeddings, top_k: int = 0) -> list[Decision]:
-        """One decision per row of `embeddings` `[B, D]`. `top_k` candidates are listed in each."""
+        """One decision per row of `embeddings` `[B, D]`. `top_k` candidates are listed in each.
+
+        No rejection policy is applied: see `apply`.
+        """
         wanted = min(max(top_k, _LEAST_CANDIDATES), len(self.head.tasks))
         if not wanted:
             return [
@@ -66,8 +77,15 @@ class Snapshot:
                 revision=self.revision,
                 truncated=bool(truncated),
                 top_k=top_k,
+                calibration=self.head.probability,
             )
             for row_scores, row_tasks, truncated in zip(
                 scores, tasks, embeddings.truncated, strict=True
             )
         ]
+
+    def apply(self, decision: Decision, policy: RejectionPolicy) -> Decision:
+        """`decision`, which lists a candidate, with the task that `policy` uses for it."""
+        best = decision.candidates[0].task if decision.candidates else None
+        fallback = self.tasks.get(policy.fallback_task)
+        return policy.apply(decision, best, None if fallback is None else fallback.record.key)

@@ -168,12 +168,13 @@ class Policy:
     """How a catalog routes: the kind of head, and how much of its own inputs a task may lose.
 
     `false_reject_rate` and `ambiguous_rate` are shares of a task's own inputs that may be called
-    unknown, and ambiguous.
+    unknown, and ambiguous. `on_unknown` is the rejection policy, as `router.rejection` writes it.
     """
 
     head: str = "lda"
     false_reject_rate: float = 0.05
     ambiguous_rate: float = 0.01
+    on_unknown: str = "abstain"
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -17,10 +17,11 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from google.rpc import error_details_pb2, status_pb2
 
 from router.answer import AnswerEvent, AnswerSummary, FinishReason
-from router.decision import Candidate, Decision, Outcome
+from router.decision import Decision
 from router.errors import InvalidInputError, OverloadedError, PromptyardError
-from router.tasks import PromptMethod, ServedTask, TaskKey
-from router.v1 import decision_pb2, router_service_pb2, task_pb2
+from router.tasks import PromptMethod, ServedTask
+from router.v1 import router_service_pb2, task_pb2
+from router.wire_decisions import decision_message, decision_value
 
 ERROR_DOMAIN = "promptyard"
 INTERNAL = "INTERNAL"
@@ -46,13 +47,6 @@ _CODE_OF_REASON = {
     "PERMISSION_DENIED": grpc.StatusCode.PERMISSION_DENIED,
     INTERNAL: grpc.StatusCode.INTERNAL,
 }
-
-_OUTCOMES = {
-    Outcome.MATCHED: decision_pb2.OUTCOME_MATCHED,
-    Outcome.AMBIGUOUS: decision_pb2.OUTCOME_AMBIGUOUS,
-    Outcome.UNKNOWN: decision_pb2.OUTCOME_UNKNOWN,
-}
-_OUTCOME_VALUES = {message: value for value, message in _OUTCOMES.items()}
 
 _FINISH_REASONS = {
     FinishReason.STOP: router_service_pb2.FINISH_REASON_STOP,
@@ -141,48 +135,6 @@ def stream_error_message(error: PromptyardError) -> router_service_pb2.StreamErr
     """An error as one item of a stream."""
     return router_service_pb2.StreamError(
         reason=error.reason, field=error.field, message=str(error)
-    )
-
-
-def decision_message(decision: Decision) -> decision_pb2.Decision:
-    """A decision to its message."""
-    message = decision_pb2.Decision(
-        outcome=_OUTCOMES[decision.outcome],
-        score=decision.score,
-        margin=decision.margin,
-        threshold=decision.threshold,
-        revision=decision.revision,
-        truncated=decision.truncated,
-        candidates=[
-            decision_pb2.Candidate(
-                task=candidate.task.name,
-                task_revision=candidate.task.revision,
-                score=candidate.score,
-                threshold=candidate.threshold,
-            )
-            for candidate in decision.candidates
-        ],
-    )
-    if decision.task is not None:
-        message.task = decision.task.name
-        message.task_revision = decision.task.revision
-    return message
-
-
-def decision_value(message: decision_pb2.Decision) -> Decision:
-    """The decision that `decision_message` wrote."""
-    return Decision(
-        outcome=_OUTCOME_VALUES[message.outcome],
-        task=TaskKey(message.task, message.task_revision) if message.task else None,
-        score=message.score,
-        margin=message.margin,
-        threshold=message.threshold,
-        revision=message.revision,
-        truncated=message.truncated,
-        candidates=tuple(
-            Candidate(TaskKey(item.task, item.task_revision), item.score, item.threshold)
-            for item in message.candidates
-        ),
     )
 
 

@@ -17,7 +17,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 def test_every_command_in_the_readme_exists_and_knows_its_flags() -> None:
     command = get_command(app)
-    found = re.findall(r"promptyard ((?:evaluate )?[a-z]+)([^\n;&]*)", README)
+    found = re.findall(r"promptyard ((?:evaluate |policy )?[a-z]+)([^\n;&]*)", README)
     assert len(found) >= 8
     for name, arguments in found:
         current = command

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from router.rejection import RejectionPolicy
 from trainer.data import Fields
 
 Initialisation = Literal["best", "nearest", "examples", "text", "vocabulary", "random"]
@@ -45,3 +46,4 @@ class PolicyChange:
     head: str | None = None
     false_reject_rate: float | None = None
     ambiguous_rate: float | None = None
+    on_unknown: RejectionPolicy | None = None

@@ -12,12 +12,13 @@ from scipy.stats import binomtest
 from router.background import measure_background
 from router.catalog import CatalogReader
 from router.decision import Decision, Outcome
-from router.errors import InvalidInputError, shorten
+from router.errors import InvalidInputError
 from router.interfaces import Encoder
 from router.loading import ServedModels, SnapshotLoader
 from router.snapshot import Snapshot
 from trainer import metrics
 from trainer.data import MAX_INPUT_BYTES, read_cell, read_rows
+from trainer.metrics import Interval
 
 _MAX_LABEL_BYTES = 1024
 
@@ -33,9 +34,10 @@ class ComparedText:
 
 @dataclass(frozen=True, slots=True)
 class ChangedDecision:
-    """A row that is decided differently. `text` is shortened; a task is None for unknown.
+    """A row that is decided differently. `text` is empty unless it was asked for.
 
-    `label` is the right answer as the file has it, None where the row has none.
+    A task is None for unknown. `label` is the right answer as the file has it, None where the row
+    has none.
     """
 
     number: int
@@ -62,11 +64,16 @@ class McNemar:
 
 @dataclass(frozen=True, slots=True)
 class LabelledComparison:
-    """How often each revision is right on rows labelled with a task. A rejected row is wrong."""
+    """How often each revision is right on rows labelled with a task. A rejected row is wrong.
+
+    `difference` is the accuracy at B less that at A, with its 95 % interval.
+    """
 
     rows: int
     accuracy_a: float
     accuracy_b: float
+    difference: float
+    difference_interval: Interval
     mcnemar: McNemar
 
 
@@ -157,6 +164,7 @@ def compare_decisions(
     revisions: tuple[int, int],
     tasks: Collection[str],
     out_of_scope_label: str,
+    with_text: bool = False,
 ) -> RevisionComparison:
     """Compare two decisions on each text; all three sequences are `[B]`, in the same order.
 
@@ -176,7 +184,7 @@ def compare_decisions(
         if kind is not None:
             changed.append(
                 ChangedDecision(
-                    *(text.number, shorten(text.text), text.label, kind),
+                    *(text.number, text.text if with_text else "", text.label, kind),
                     *(a.outcome, task_a, b.outcome, task_b),
                 )
             )
@@ -226,8 +234,14 @@ def mcnemar(right_only_at_a: int, right_only_at_b: int) -> McNemar:
 
 def _labelled(right: Sequence[tuple[bool, bool]]) -> LabelledComparison:
     pairs = Counter(right)
+    both, neither = pairs[True, True], pairs[False, False]
+    only_a, only_b = pairs[True, False], pairs[False, True]
     return LabelledComparison(
-        len(right), *_shares(right), mcnemar(pairs[True, False], pairs[False, True])
+        len(right),
+        *_shares(right),
+        (only_b - only_a) / len(right),
+        metrics.paired_difference_interval(both, only_a, only_b, neither),
+        mcnemar(only_a, only_b),
     )
 
 

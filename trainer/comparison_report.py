@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from router.errors import StorageError
-from trainer.compare_revisions import ChangedDecision, RevisionComparison
+from router.errors import StorageError, shorten
+from trainer.compare_revisions import ChangedDecision, LabelledComparison, RevisionComparison
 from trainer.report import Table, to_json
 
 CHANGED_COLUMNS = (
@@ -72,6 +72,7 @@ def summary_table(comparison: RevisionComparison) -> Table:
         only = str(test.right_only_at_a), str(test.right_only_at_b)
         rows[:0] = [
             ["accuracy with rejection", *shares, f"{labelled.rows} rows"],
+            ["difference", "", _points(labelled.difference), _points_interval(labelled)],
             ["right at this one only", *only, f"McNemar's exact p = {test.p_value:.3g}"],
         ]
     columns = ("", f"at {comparison.revision_a}", f"at {comparison.revision_b}", "")
@@ -79,14 +80,16 @@ def summary_table(comparison: RevisionComparison) -> Table:
 
 
 def changed_table(comparison: RevisionComparison) -> Table:
-    """The inputs whose decision changed, in the order of the file."""
+    """The inputs whose decision changed, in the order of the file, with their texts if known."""
+    with_text = any(change.text for change in comparison.changed)
     columns = (
-        *("row", "input", "label", "change"),
+        *("row", *(["input"] if with_text else []), "label", "change"),
         *(f"at {comparison.revision_a}", f"at {comparison.revision_b}"),
     )
     rows = []
     for change in comparison.changed:
-        about = [str(change.number), change.text, change.label or "", change.kind]
+        text = [shorten(change.text)] if with_text else []
+        about = [str(change.number), *text, change.label or "", change.kind]
         rows.append([*about, change.task_a or "unknown", change.task_b or "unknown"])
     return Table("Changed decisions", columns, rows)
 
@@ -97,6 +100,15 @@ def _cells(change: ChangedDecision) -> list[str]:
         *(change.outcome_a.value, change.task_a or ""),
         *(change.outcome_b.value, change.task_b or ""),
     ]
+
+
+def _points(difference: float) -> str:
+    return f"{100 * difference:+.2f}"
+
+
+def _points_interval(labelled: LabelledComparison) -> str:
+    interval = labelled.difference_interval
+    return f"points; 95 % interval {_points(interval.low)} to {_points(interval.high)}"
 
 
 def _percent(share: float) -> str:

@@ -19,8 +19,16 @@ from router.loading import ServedModels, SnapshotLoader
 from router.snapshot import Snapshot
 from trainer import metrics
 from trainer.evaluation_rows import LabelledText
-from trainer.metrics import Interval, Percentiles, Separation, TaskFigures
+from trainer.metrics import (
+    CoverageRisk,
+    Interval,
+    Percentiles,
+    Reliability,
+    Separation,
+    TaskFigures,
+)
 from trainer.register import Progress
+from trainer.task_map import TaskMap, task_map
 
 _EMBED_ROWS = 512
 _TIMED_ROWS = 200
@@ -39,6 +47,7 @@ class RoutedText:
     margin: float
     threshold: float
     truncated: bool
+    probability: float | None = None
 
     @property
     def is_right(self) -> bool:
@@ -72,6 +81,7 @@ class RoutingError:
     score: float
     margin: float
     threshold: float
+    probability: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +89,10 @@ class RoutingFigures:
     """How well in-scope rows were routed. Shares are fractions.
 
     `accuracy` is before rejection; `accuracy_with_rejection` counts a rejected row as wrong. The
-    intervals are 95 % Wilson intervals. `outcomes` counts rows by outcome. `worst_errors` have the
-    highest score over their threshold: the router was surest of them.
+    intervals are 95 % intervals after Wilson. `outcomes` counts rows by outcome. `worst_errors`
+    have the highest score over their threshold: the router was surest of them. `calibration`
+    compares the probability of being right, before rejection, with being so; None where the head
+    knows none.
     """
 
     rows: int
@@ -89,11 +101,13 @@ class RoutingFigures:
     accuracy_with_rejection: float
     accuracy_with_rejection_interval: Interval
     macro_accuracy: float
+    macro_accuracy_interval: Interval
     per_task: Mapping[str, TaskFigures]
     confused_pairs: tuple[ConfusedPair, ...]
     outcomes: Mapping[str, int]
     truncated: int
     worst_errors: tuple[RoutingError, ...]
+    calibration: Reliability | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +116,9 @@ class RejectFigures:
 
     `auroc` and `fpr_at_95_tpr` are of the best task's score, `over_threshold` of how far that is
     over the task's threshold, which is what decides. `*_rejected` are the shares of rows that were
-    called unknown. `outcomes` counts the out-of-scope rows by outcome.
+    called unknown. `outcomes` counts the out-of-scope rows by outcome. `accepted_calibration` is
+    that of all rows that were not called unknown, where an out-of-scope one is wrong whatever its
+    probability: the probability is one of rows that belong to a task.
     """
 
     rows: int
@@ -112,11 +128,16 @@ class RejectFigures:
     in_scope_rejected: float
     out_of_scope_rejected: float
     outcomes: Mapping[str, int]
+    accepted_calibration: Reliability | None
 
 
 @dataclass(frozen=True, slots=True)
 class RoutingEvaluation:
-    """What `evaluate_routing` found. `reject` is None where no row is out of scope."""
+    """What `evaluate_routing` found. `reject` is None where no row is out of scope.
+
+    `coverage_risk` is over all rows, by their score over the threshold; an out-of-scope row that is
+    answered is wrong. `places` are the tasks on a map, see `trainer.task_map`.
+    """
 
     catalog_revision: int
     head: str
@@ -124,23 +145,32 @@ class RoutingEvaluation:
     tasks: tuple[str, ...]
     routing: RoutingFigures
     reject: RejectFigures | None
+    coverage_risk: CoverageRisk
     milliseconds_per_decision: Percentiles
+    places: TaskMap
     decisions: tuple[RoutedText, ...]
 
 
-def load_snapshot(home: Path, encoder: Encoder, base_model: str | None = None) -> Snapshot:
-    """The newest snapshot of a home, as a server with these models would serve it.
+def load_snapshot(
+    home: Path, encoder: Encoder, base_model: str | None = None, revision: int | None = None
+) -> Snapshot:
+    """A snapshot of a home, the newest by default, as a server with these models would serve it.
 
     Raises:
-        PromptyardError: there is no catalog, it has no live task, or it was made for other models.
+        PromptyardError: there is no catalog, no such revision, no live task in it, or it was made
+            for other models.
     """
     models = ServedModels(
         encoder.fingerprint, encoder.dimension, measure_background(encoder), base_model
     )
     with CatalogReader(home) as catalog:
-        snapshot = SnapshotLoader(home, models).load(catalog, catalog.newest_revision(), None)
+        newest = catalog.newest_revision()
+        if revision is not None and not 1 <= revision <= newest:
+            raise InvalidInputError("--revision", revision, f"give 1 to {newest}")
+        at = newest if revision is None else revision
+        snapshot = SnapshotLoader(home, models).load(catalog, at, None)
     if not snapshot.tasks:
-        raise InvalidInputError("home", home, "its catalog has no live task: register one first")
+        raise InvalidInputError("home", home, f"no task is live at revision {at}: register one")
     return snapshot
 
 
@@ -161,7 +191,9 @@ def evaluate_routing(
         tasks,
         routing_figures(decisions, tasks),
         reject_figures(decisions),
+        coverage_risk(decisions),
         time_decisions(snapshot, encoder, rows, progress),
+        task_map([row.task for row in rows], embeddings.vectors),
         tuple(decisions),
     )
 
@@ -192,6 +224,7 @@ def decide(
             decision.margin,
             decision.threshold,
             decision.truncated,
+            decision.probability,
         )
         for row, decision in zip(rows, snapshot.decide(embeddings, top_k=1), strict=True)
     ]
@@ -216,6 +249,7 @@ def routing_figures(decisions: Sequence[RoutedText], tasks: Sequence[str]) -> Ro
         accuracy_with_rejection=metrics.share(right_and_kept, len(in_scope)),
         accuracy_with_rejection_interval=metrics.wilson_interval(right_and_kept, len(in_scope)),
         macro_accuracy=metrics.macro_accuracy(per_task),
+        macro_accuracy_interval=metrics.macro_interval(per_task),
         per_task=dict(zip(tasks, per_task, strict=True)),
         confused_pairs=tuple(
             ConfusedPair(tasks[i], tasks[j], rows)
@@ -224,6 +258,7 @@ def routing_figures(decisions: Sequence[RoutedText], tasks: Sequence[str]) -> Ro
         outcomes=_outcomes(in_scope),
         truncated=sum(routed.truncated for routed in decisions),
         worst_errors=tuple(_error(routed) for routed in wrong[:_LISTED_ERRORS]),
+        calibration=_calibration(in_scope),
     )
 
 
@@ -244,6 +279,15 @@ def reject_figures(decisions: Sequence[RoutedText]) -> RejectFigures | None:
         in_scope_rejected=metrics.share(sum(r.is_rejected for r in known), len(known)),
         out_of_scope_rejected=metrics.share(sum(r.is_rejected for r in unknown), len(unknown)),
         outcomes=_outcomes(unknown),
+        accepted_calibration=_calibration([r for r in decisions if not r.is_rejected]),
+    )
+
+
+def coverage_risk(decisions: Sequence[RoutedText]) -> CoverageRisk:
+    """What answering only those decisions costs that are highest over their threshold."""
+    return metrics.coverage_risk(
+        [routed.score - routed.threshold for routed in decisions],
+        np.array([routed.is_right for routed in decisions], np.bool_),
     )
 
 
@@ -271,6 +315,14 @@ def _outcomes(decisions: Sequence[RoutedText]) -> dict[str, int]:
     return {outcome.value: counts[outcome] for outcome in Outcome}
 
 
+def _calibration(decisions: Sequence[RoutedText]) -> Reliability | None:
+    known = [r for r in decisions if r.probability is not None]
+    if not known:
+        return None
+    right = np.array([routed.is_right for routed in known])
+    return metrics.reliability([r.probability or 0.0 for r in known], right)
+
+
 def _error(routed: RoutedText) -> RoutingError:
     return RoutingError(
         routed.row.number,
@@ -281,4 +333,5 @@ def _error(routed: RoutedText) -> RoutingError:
         routed.score,
         routed.margin,
         routed.threshold,
+        routed.probability,
     )

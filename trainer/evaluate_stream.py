@@ -7,6 +7,7 @@ read for scoring: what a registration sees is a file of the task's own training 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from router.errors import InvalidInputError
-from router.head import Head
+from router.head import Head, digest
 from router.interfaces import Encoder, FloatArray, LanguageModel
 from router.snapshot import Snapshot
 from router.statistics import ExactArray
@@ -120,8 +121,11 @@ class StreamEvaluation:
 
     `matrix` `[T, T]`: R[i, j] is the share of task j's test rows whose best-scoring task is j,
     after task i arrived; NaN where j had not arrived, or has no test rows. `accuracy_after_each`
-    `[T]` is over the test rows of all tasks that had arrived. `routing`, `reject` and `decisions`
-    are those of the end; `answers` is None for a stream without prompts.
+    `[T]` is over the test rows of all tasks that had arrived. `unknown_before_arrival` `[T]` is the
+    share of each task's test rows that are called unknown just before it arrives: 1 is right, as
+    they belong to no task yet. It is NaN for the first, and without test rows. `routing`, `reject`
+    and `decisions` are those of the end, as is `head_sha256`; `answers` is None for a stream
+    without prompts.
     """
 
     stream: Stream
@@ -132,9 +136,11 @@ class StreamEvaluation:
     matrix: ExactArray
     continual: StreamFigures
     accuracy_after_each: tuple[float, ...]
+    unknown_before_arrival: tuple[float, ...]
     registrations: tuple[Registration, ...]
     answers: AnswerEvaluation | None
     decisions: tuple[RoutedText, ...]
+    head_sha256: str
     seconds: float
 
 
@@ -223,19 +229,25 @@ def evaluate_stream(
         matrix=matrix,
         continual=metrics.stream_figures(matrix),
         accuracy_after_each=tuple(arrival.accuracy for arrival in scored),
+        unknown_before_arrival=(math.nan, *(arrival.next_unknown for arrival in scored[:-1])),
         registrations=tuple(registrations),
         answers=answers,
         decisions=tuple(decisions),
+        head_sha256=digest(published.head.to_bytes()),
         seconds=time.perf_counter() - began,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Scored:
-    """Routing after an arrival: R[i, :] `[T]`, and the accuracy over all rows that count yet."""
+    """Routing after an arrival: R[i, :] `[T]`, and the accuracy over all rows that count yet.
+
+    `next_unknown` is the share of the next task's rows that are called unknown; NaN without any.
+    """
 
     row_of_matrix: ExactArray
     accuracy: float
+    next_unknown: float
 
 
 def _score(head: Head, stream: Stream, arrived: int, vectors: FloatArray) -> _Scored:
@@ -251,7 +263,19 @@ def _score(head: Head, stream: Stream, arrived: int, vectors: FloatArray) -> _Sc
     hits = metrics.per_task(metrics.confusion(truth[counted], best, len(stream.order)))
     row = np.array([task.accuracy for task in hits])
     row[arrived:] = np.nan
-    return _Scored(row, metrics.accuracy(truth[counted], best))
+    return _Scored(
+        row, metrics.accuracy(truth[counted], best), _unknown_share(head, vectors[truth == arrived])
+    )
+
+
+def _unknown_share(head: Head, vectors: FloatArray) -> float:
+    """The share of embeddings `[B, D]` whose best task does not accept them."""
+    if not len(vectors):
+        return math.nan
+    scores = head.scores(vectors)
+    best = scores.argmax(1)
+    accepted = scores[np.arange(len(best)), best] >= np.array(head.thresholds)[best]
+    return float((~accepted).mean())
 
 
 def _register(

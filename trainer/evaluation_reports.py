@@ -1,60 +1,25 @@
-"""Turns evaluations into reports: which figures, tables and pictures, in which words."""
+"""Turns evaluations of answers and of streams into reports."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import asdict
-
-import numpy as np
+from dataclasses import asdict, replace
 
 from trainer import metrics, plots
 from trainer.evaluate_answers import AnswerEvaluation, AnswerFigures
-from trainer.evaluate_routing import RejectFigures, RoutedText, RoutingEvaluation, RoutingFigures
-from trainer.evaluate_stream import Registration, StreamEvaluation
-from trainer.metrics import Interval
+from trainer.evaluate_orders import OrdersEvaluation
+from trainer.evaluate_routing import RoutedText
+from trainer.evaluate_stream import StreamEvaluation
+from trainer.metrics import Spread
 from trainer.report import Picture, Report, Table
-
-REPORT_FORMAT = 1
-
-
-def routing_report(evaluation: RoutingEvaluation, source: str) -> Report:
-    """The report of `evaluate routing`; `source` says what was evaluated."""
-    figures, reject, latency = (
-        evaluation.routing,
-        evaluation.reject,
-        evaluation.milliseconds_per_decision,
-    )
-    document: dict[str, object] = {
-        "format": REPORT_FORMAT,
-        "kind": "routing",
-        "source": source,
-        "catalog_revision": evaluation.catalog_revision,
-        "encoder": evaluation.encoder,
-        "head": evaluation.head,
-        "tasks": evaluation.tasks,
-        "routing": asdict(figures),
-        **({"reject": reject} if reject else {}),
-        "timing": {"milliseconds_per_decision": latency},
-    }
-    speed = f"p90 {latency.p90:.1f}, p99 {latency.p99:.1f}; one text at a time, in process"
-    summary = [
-        *_routing_summary(figures, reject),
-        ["milliseconds a decision, median", f"{latency.p50:.1f}", speed],
-    ]
-    return Report(
-        title=f"Routing of {source}",
-        facts=(
-            f"{figures.rows} in-scope and {reject.rows if reject else 0} out-of-scope rows against "
-            f"{len(evaluation.tasks)} tasks at catalog revision {evaluation.catalog_revision}, "
-            f"head {evaluation.head}.",
-            f"Encoder {evaluation.encoder}.",
-        ),
-        document=document,
-        tables=(_summary(summary), *_routing_tables(figures)),
-        pictures=_routing_pictures(evaluation.decisions, evaluation.tasks),
-        decisions=evaluation.decisions,
-    )
+from trainer.report_words import interval_in_words, percent, points, summary_table
+from trainer.routing_report import (
+    REPORT_FORMAT,
+    numbering,
+    routing_pictures,
+    routing_summary,
+    routing_tables,
+)
 
 
 def answers_report(
@@ -73,9 +38,73 @@ def answers_report(
             "source": source,
             "answers": evaluation,
         },
-        tables=(_summary(_answers_summary(evaluation)), _answers_table(evaluation)),
+        tables=(summary_table(_answers_summary(evaluation)), _answers_table(evaluation)),
         pictures=(),
         decisions=decisions,
+    )
+
+
+def orders_report(evaluation: OrdersEvaluation, source: str) -> Report:
+    """The report of `evaluate stream` in several orders: the first one's, and all beside it."""
+    report = stream_report(evaluation.first, source)
+    summary, *others = report.tables
+    count, alike = len(evaluation.orders), evaluation.ends_alike
+    figures = (
+        ("average_accuracy", "mean of tasks at the end"),
+        ("mean_accuracy", "accuracy, mean over arrivals"),
+        ("forgetting", "forgetting"),
+        ("backward_transfer", "backward transfer"),
+        ("unknown_before_arrival", "unknown before they arrive"),
+    )
+    spreads = {name: evaluation.spread(name) for name, _ in figures}
+    rows = [[f"{label}, {count} orders", *_spread(spreads[name])] for name, label in figures]
+    ending = "the same head, bit for bit" if alike else "heads that differ"
+    picture = Picture(
+        "Accuracy over arrivals, all orders",
+        f"Routing accuracy on the test rows of all tasks that had arrived, in {count} random "
+        "orders; the first one, which the rest of this report is about, is dark.",
+        plots.orders_picture([each.accuracy_after_each for each in evaluation.orders]),
+    )
+    return replace(
+        report,
+        facts=(
+            *report.facts,
+            f"{count} random orders, of which the first is reported in full. All of them end with "
+            f"{ending}.",
+        ),
+        document={
+            **report.document,
+            "orders": evaluation.orders,
+            "over_orders": {**spreads, "ends_alike": alike},
+        },
+        tables=(summary_table([*summary.rows, *rows]), *others, _orders_table(evaluation)),
+        pictures=(picture, *report.pictures),
+    )
+
+
+def _spread(spread: Spread) -> list[str]:
+    between = f"{percent(spread.least)} to {percent(spread.greatest)}"
+    return [percent(spread.mean), f"deviation {points(spread.deviation)[1:]} points; {between}"]
+
+
+def _orders_table(evaluation: OrdersEvaluation) -> Table:
+    return Table(
+        "Orders",
+        (
+            *("", "at the end", "mean of tasks", "mean over arrivals", "forgetting"),
+            *("backward transfer", "unknown before", "seconds"),
+        ),
+        [
+            [
+                *(str(number), percent(each.accuracy), percent(each.average_accuracy)),
+                *(percent(each.mean_accuracy), points(each.forgetting)),
+                *(points(each.backward_transfer), percent(each.unknown_before_arrival)),
+                f"{each.seconds_registering:.1f}",
+            ]
+            for number, each in enumerate(evaluation.orders, start=1)
+        ],
+        "Unknown before: of a task's test rows just before it arrives. Seconds: of registering; "
+        "texts are embedded once.",
     )
 
 
@@ -107,7 +136,9 @@ def stream_report(evaluation: StreamEvaluation, source: str) -> Report:
             "average_accuracy": continual.accuracy,
             "forgetting": continual.forgetting,
             "backward_transfer": continual.backward_transfer,
+            "forward_transfer": continual.forward_transfer,
             "accuracy_after_each": evaluation.accuracy_after_each,
+            "unknown_before_arrival": evaluation.unknown_before_arrival,
             "matrix": evaluation.matrix,
         },
         **({"reject": evaluation.reject} if evaluation.reject else {}),
@@ -116,9 +147,19 @@ def stream_report(evaluation: StreamEvaluation, source: str) -> Report:
         "timing": {"seconds": evaluation.seconds, "seconds_registering": registering},
     }
     summary = [
-        *_routing_summary(figures, evaluation.reject),
-        ["forgetting", _points(continual.forgetting), "mean loss from a task's best, in points"],
-        ["backward transfer", _points(continual.backward_transfer), "mean change since arrival"],
+        *routing_summary(figures, evaluation.reject),
+        ["forgetting", points(continual.forgetting), "mean loss from a task's best, in points"],
+        ["backward transfer", points(continual.backward_transfer), "mean change since arrival"],
+        [
+            "forward transfer",
+            points(continual.forward_transfer),
+            "0 by construction: nothing is routed to a task that is not there",
+        ],
+        [
+            "unknown before they arrive",
+            percent(metrics.mean(evaluation.unknown_before_arrival)),
+            "of a task's test rows, just before it arrives; mean of tasks",
+        ],
         *(_answers_summary(answers) if answers else []),
         ["seconds", f"{evaluation.seconds:.0f}", f"of them registering: {registering:.0f}"],
     ]
@@ -137,126 +178,16 @@ def stream_report(evaluation: StreamEvaluation, source: str) -> Report:
         ),
         document=document,
         tables=(
-            _summary(summary),
-            *_routing_tables(figures),
+            summary_table(summary),
+            *routing_tables(figures),
             *((_answers_table(answers),) if answers else ()),
-            _registrations_table(registrations, evaluation.accuracy_after_each),
+            _registrations_table(evaluation),
         ),
         pictures=(
             *_stream_pictures(evaluation),
-            *_routing_pictures(evaluation.decisions, sorted(stream.order)),
+            *routing_pictures(evaluation.decisions, sorted(stream.order), figures),
         ),
         decisions=evaluation.decisions,
-    )
-
-
-def _summary(rows: Sequence[Sequence[str]]) -> Table:
-    return Table("Summary", ("figure", "value", ""), rows)
-
-
-def _routing_summary(figures: RoutingFigures, reject: RejectFigures | None) -> list[list[str]]:
-    kept = figures.accuracy_with_rejection_interval
-    outcomes = ", ".join(f"{rows} {name}" for name, rows in figures.outcomes.items())
-    rows = [
-        ["routing accuracy", _percent(figures.accuracy), _interval(figures.accuracy_interval)],
-        ["with rejection", _percent(figures.accuracy_with_rejection), _interval(kept)],
-        ["mean of tasks (macro)", _percent(figures.macro_accuracy), "before rejection"],
-        ["in-scope rows", str(figures.rows), outcomes],
-        ["cut to the encoder's window", str(figures.truncated), "rows"],
-    ]
-    if reject is not None:
-        by_threshold = reject.over_threshold
-        outcomes = ", ".join(f"{rows} {name}" for name, rows in reject.outcomes.items())
-        rows += [
-            ["out-of-scope rows", str(reject.rows), outcomes],
-            [
-                "reject AUROC",
-                _percent(reject.auroc),
-                f"over threshold: {_percent(by_threshold.auroc)}",
-            ],
-            [
-                "reject FPR at 95 % TPR",
-                _percent(reject.fpr_at_95_tpr),
-                f"over threshold: {_percent(by_threshold.fpr_at_95_tpr)}",
-            ],
-            ["out-of-scope rows rejected", _percent(reject.out_of_scope_rejected), ""],
-            ["in-scope rows rejected", _percent(reject.in_scope_rejected), ""],
-        ]
-    return rows
-
-
-def _routing_tables(figures: RoutingFigures) -> tuple[Table, ...]:
-    """The tasks (worst first), the pairs that are confused, and the worst errors."""
-    tasks = sorted(
-        figures.per_task.items(),
-        key=lambda item: (math.isnan(item[1].accuracy), item[1].accuracy, item[0]),
-    )
-    return (
-        Table(
-            "Tasks, the worst first",
-            ("task", "accuracy", "precision", "rows", "routed here"),
-            [
-                [name, _percent(t.accuracy), _percent(t.precision), str(t.rows), str(t.routed)]
-                for name, t in tasks
-            ],
-            "Accuracy: the share of the task's rows that were routed to it (recall). "
-            "Precision: the share of the rows routed to it that are its own. Before rejection.",
-        ),
-        Table(
-            "Tasks that are confused",
-            ("true task", "best-scoring task", "rows"),
-            [[pair.task, pair.taken_for, str(pair.rows)] for pair in figures.confused_pairs],
-        ),
-        Table(
-            "Worst errors",
-            ("row", "input", "true task", "best task", "outcome", "score", "margin", "threshold"),
-            [
-                [
-                    str(error.number),
-                    error.text,
-                    error.task,
-                    error.best,
-                    error.outcome,
-                    _number(error.score),
-                    _number(error.margin),
-                    _number(error.threshold),
-                ]
-                for error in figures.worst_errors
-            ],
-            "Wrong rows of the highest score over the threshold: the router was surest of them.",
-        ),
-    )
-
-
-def _routing_pictures(decisions: Sequence[RoutedText], tasks: Sequence[str]) -> tuple[Picture, ...]:
-    known = [routed for routed in decisions if routed.row.task is not None]
-    number = {name: n for n, name in enumerate(tasks)}
-    matrix = metrics.confusion(
-        np.array([number[str(routed.row.task)] for routed in known], np.int64),
-        np.array([number[routed.best] for routed in known], np.int64),
-        len(tasks),
-    )
-    over = np.array([routed.score - routed.threshold for routed in decisions])
-    in_scope = np.array([routed.row.task is not None for routed in decisions])
-    curve = metrics.coverage_and_risk(over, np.array([routed.is_right for routed in decisions]))
-    return (
-        Picture(
-            "Confusion",
-            "Errors as a share of the true task's rows, before rejection. "
-            + _numbering(tasks, "in the order of their names"),
-            plots.confusion_picture(matrix, tasks),
-        ),
-        Picture(
-            "Scores",
-            "How far the best task's score is over that task's threshold.",
-            plots.score_picture(over[in_scope], over[~in_scope]),
-        ),
-        Picture(
-            "Coverage and risk",
-            "What is wrong among the rows that are answered, if only those of the highest scores "
-            "over the threshold are. An out-of-scope row that is answered is wrong.",
-            plots.risk_picture(*curve),
-        ),
     )
 
 
@@ -272,22 +203,25 @@ def _stream_pictures(evaluation: StreamEvaluation) -> tuple[Picture, ...]:
         Picture(
             "R matrix",
             "Routing accuracy on the test rows of each task (column) after each arrival (row). "
-            + _numbering(order, "in the order of their arrival"),
+            + numbering(order, "in the order of their arrival"),
             plots.matrix_picture(evaluation.matrix, order),
         ),
     )
 
 
-def _numbering(tasks: Sequence[str], how: str) -> str:
-    return "" if len(tasks) <= plots.NAMED_TASKS else f"Tasks are numbered {how}."
-
-
-def _registrations_table(
-    registrations: Sequence[Registration], accuracies: Sequence[float]
-) -> Table:
+def _registrations_table(evaluation: StreamEvaluation) -> Table:
+    arrivals = zip(
+        evaluation.registrations,
+        evaluation.unknown_before_arrival,
+        evaluation.accuracy_after_each,
+        strict=True,
+    )
     return Table(
         "Arrivals",
-        ("", "task", "rows", "seconds", "KB", "KB of head", "changed", "accuracy after"),
+        (
+            *("", "task", "rows", "seconds", "KB", "KB of head", "changed"),
+            *("unknown before", "accuracy after"),
+        ),
         [
             [
                 str(number),
@@ -297,34 +231,34 @@ def _registrations_table(
                 f"{arrival.bytes / 1e3:.0f}",
                 f"{arrival.head_bytes / 1e3:.0f}",
                 str(arrival.changed_decisions),
-                _percent(accuracy),
+                percent(unknown),
+                percent(accuracy),
             ]
-            for number, (arrival, accuracy) in enumerate(
-                zip(registrations, accuracies, strict=True), start=1
-            )
+            for number, (arrival, unknown, accuracy) in enumerate(arrivals, start=1)
         ],
-        "Changed: held-out training rows of older tasks that are decided differently now.",
+        "Changed: held-out training rows of older tasks that are decided differently now. "
+        "Unknown before: test rows of the task that were called unknown just before it arrived.",
         in_files=True,
     )
 
 
 def _answers_summary(answers: AnswerEvaluation) -> list[list[str]]:
     mean, rows = answers.mean, answers.over_rows
-    interval = _interval(answers.over_rows_routed_interval)
+    interval = interval_in_words(answers.over_rows_routed_interval)
     return [
         [
             "answers, routed",
-            _percent(mean.routed),
-            f"mean of tasks; over rows {_percent(rows.routed)}, {interval}",
+            percent(mean.routed),
+            f"mean of tasks; over rows {percent(rows.routed)}, {interval}",
         ],
         [
             "answers, with rejection",
-            _percent(mean.routed_with_rejection),
+            percent(mean.routed_with_rejection),
             "a rejected row is wrong",
         ],
-        ["answers, right task given", _percent(mean.oracle), "the oracle's task"],
-        ["answers, no prompt", _percent(mean.no_prompt), ""],
-        ["routing loss", _points(answers.routing_loss), "right task given less routed, in points"],
+        ["answers, right task given", percent(mean.oracle), "the oracle's task"],
+        ["answers, no prompt", percent(mean.no_prompt), ""],
+        ["routing loss", points(answers.routing_loss), "right task given less routed, in points"],
     ]
 
 
@@ -332,10 +266,10 @@ def _answers_table(answers: AnswerEvaluation) -> Table:
     def cells(name: str, figures: AnswerFigures) -> list[str]:
         return [
             name,
-            _percent(figures.routed),
-            _percent(figures.routed_with_rejection),
-            _percent(figures.oracle),
-            _percent(figures.no_prompt),
+            percent(figures.routed),
+            percent(figures.routed_with_rejection),
+            percent(figures.oracle),
+            percent(figures.no_prompt),
             str(figures.rows),
         ]
 
@@ -345,21 +279,3 @@ def _answers_table(answers: AnswerEvaluation) -> Table:
         ("task", "routed", "with rejection", "right task given", "no prompt", "rows"),
         [cells(name, figures) for name, figures in tasks],
     )
-
-
-def _percent(share: float) -> str:
-    return "-" if math.isnan(share) else f"{100 * share:.2f} %"
-
-
-def _points(difference: float) -> str:
-    return "-" if math.isnan(difference) else f"{100 * difference:+.2f}"
-
-
-def _interval(interval: Interval) -> str:
-    if math.isnan(interval.low):
-        return ""
-    return f"95 % interval {100 * interval.low:.1f} to {100 * interval.high:.1f}"
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else "-"

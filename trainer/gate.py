@@ -1,5 +1,8 @@
 """The gate: what a new task does to the others, measured before it is published.
 
+A task is new to a catalog revision also where it is restored, or rolled back to. Tasks that come
+together have no head without each other to compare with: of one another they take what goes there.
+
 It compares two heads on the rows that the tasks hold out in turn: the one that is live, and the one
 that would be. Nothing is guessed from similarities: a row counts as taken where it went to its own
 task before and would go to the new one, by heads that were fitted without it.
@@ -7,7 +10,8 @@ task before and would go to the new one, by heads that were fitted without it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +20,7 @@ from numpy.typing import NDArray
 from router.compiling import REJECTED, held_out_by_task
 from router.errors import RefusedError
 from router.head import Head
-from router.tasks import TaskKey, TaskRecord
+from router.tasks import TaskKey
 
 DEFAULT_GATE_LIMIT = 0.05
 # One row of twenty is 5 %, and may be anything.
@@ -26,7 +30,10 @@ _NEAR_DUPLICATE = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """`taken` of the `rows` held-out rows of `task` went to it before, and would go to `by`."""
+    """`taken` of the `rows` held-out rows of `task` went to it before, and would go to `by`.
+
+    Of a `task` that is new itself, all rows that would go to `by`.
+    """
 
     task: TaskKey
     by: TaskKey
@@ -55,10 +62,10 @@ class Suspect:
 class GateReport:
     """What new tasks would do.
 
-    `taken` are most first. `near_duplicates` are pairs (new, old) that are mixed up: the shares of
-    either's rows that go to the other add up to a fifth or more. The accuracies are over the
-    held-out rows of all old tasks that stay, and count a rejected row as wrong; they are None where
-    there is no old task.
+    `taken` are most first. `near_duplicates` are pairs (new, old or new) that are mixed up: the
+    shares of either's rows that go to the other add up to a fifth or more. The accuracies are over
+    the held-out rows of all old tasks that stay, and count a rejected row as wrong; they are None
+    where there is no old task.
     """
 
     taken: tuple[Taken, ...]
@@ -66,6 +73,7 @@ class GateReport:
     suspects: tuple[Suspect, ...]
     accuracy_before: float | None
     accuracy_after: float | None
+    new: tuple[TaskKey, ...] = ()
 
     def document(self) -> dict[str, object]:
         """What is recorded with the catalog revision."""
@@ -121,15 +129,20 @@ def measure(
         for key in old
         for by in new
         if (count := int((own_before[key] & (now[key] == number[by])).sum()))
+    ] + [
+        Taken(key, by, count, rows[key])
+        for key in new
+        for by in new
+        if key != by and (count := int((now[key] == number[by]).sum()))
     ]
+    pairs = [*((by, key) for by in new for key in old), *itertools.combinations(new, 2)]
     total = sum(rows[key] for key in old)
     right_after = sum(int((now[key] == number[key]).sum()) for key in old)
     return GateReport(
         tuple(sorted(taken, key=lambda t: (-t.share, t.task, t.by))),
         tuple(
             (by, key)
-            for by in new
-            for key in old
+            for by, key in pairs
             if _share(now[key], number[by]) + _share(now[by], number[key]) >= _NEAR_DUPLICATE
         ),
         tuple(
@@ -139,23 +152,31 @@ def measure(
         ),
         sum(int(own.sum()) for own in own_before.values()) / total if total else None,
         right_after / total if total else None,
+        tuple(new),
     )
 
 
-def check(report: GateReport, records: Sequence[TaskRecord], limit: float) -> None:
-    """Let `records` pass, or refuse those that take more than `limit` of any old task.
+def check(report: GateReport, unforced: Collection[TaskKey], limit: float) -> None:
+    """Let new tasks pass, or refuse those that take more than `limit` of any other task.
 
-    A record with a forced reason passes. A single row is never too much.
+    Those that are not among `unforced` pass. A single row is never too much. Of tasks that come
+    together those that take most are refused first, and what is refused takes and loses nothing.
 
     Raises:
         InterferenceError: some take too much, and are not forced.
     """
-    unforced = {record.key for record in records if not record.forced_reason}
-    guilty = {
-        t.by
+    too_much = [
+        t
         for t in report.taken
         if t.by in unforced and t.share > limit and t.taken >= _LEAST_TAKEN_ROWS
-    }
+    ]
+    guilty: set[TaskKey] = set()
+    # What is taken of old tasks comes first: those are there to stay.
+    for taken in sorted(too_much, key=lambda t: t.task in report.new):
+        if taken.task not in guilty:
+            guilty.add(taken.by)
+    # Who takes only of what is refused now is measured again without it.
+    guilty = {taken.by for taken in too_much if taken.by in guilty and taken.task not in guilty}
     if guilty:
         raise InterferenceError(sorted(guilty), report, limit)
 
@@ -167,7 +188,9 @@ def _share(decided: NDArray[np.int32], number: int) -> float:
 def _in_words(tasks: Sequence[TaskKey], report: GateReport) -> str:
     """`takes 12.5% of billing@1 (10 of 80 held-out rows); right on old tasks 97.2% -> 96.9%`."""
     worst = next(t for t in report.taken if t.by in tasks)
+    taken = f"takes {worst.share:.1%} of {worst.task} ({worst.taken} of {worst.rows} held-out rows)"
+    if report.accuracy_before is None or report.accuracy_after is None:
+        return taken
     return (
-        f"takes {worst.share:.1%} of {worst.task} ({worst.taken} of {worst.rows} held-out rows); "
-        f"right on old tasks {report.accuracy_before:.1%} -> {report.accuracy_after:.1%}"
+        f"{taken}; right on old tasks {report.accuracy_before:.1%} -> {report.accuracy_after:.1%}"
     )

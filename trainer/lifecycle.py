@@ -1,8 +1,12 @@
-"""Retire, restore and roll back a task: events in the catalog, nothing is deleted."""
+"""Retire, restore and roll back a task: events in the catalog, nothing is deleted.
+
+A task that comes back passes the same gate as a new one: others may have been registered since.
+"""
 
 from __future__ import annotations
 
 from router.errors import InvalidInputError, TaskNotFoundError
+from trainer.gate import DEFAULT_GATE_LIMIT
 from trainer.workshop import Published, Workshop
 
 
@@ -17,10 +21,17 @@ def retire(workshop: Workshop, name: str) -> Published:
     return workshop.publish("retire", live={name: None})
 
 
-def restore(workshop: Workshop, name: str) -> Published:
+def restore(
+    workshop: Workshop,
+    name: str,
+    gate_limit: float = DEFAULT_GATE_LIMIT,
+    force: str = "",
+) -> Published:
     """Bring a retired task back, at the revision that was live last.
 
     Raises:
+        InterferenceError: it takes more than `gate_limit` of another task, and `force` gives no
+            reason to let it.
         TaskNotFoundError: there never was such a task.
         InvalidInputError: it is live already.
     """
@@ -28,13 +39,21 @@ def restore(workshop: Workshop, name: str) -> Published:
     if history[-1] is not None:
         raise InvalidInputError("task", name, "it is live already")
     revision = next(live for live in reversed(history) if live is not None)
-    return workshop.publish("restore", live={name: revision})
+    return workshop.publish("restore", live={name: revision}, gate_limit=gate_limit, force=force)
 
 
-def rollback(workshop: Workshop, name: str, to: int | None = None) -> Published:
+def rollback(
+    workshop: Workshop,
+    name: str,
+    to: int | None = None,
+    gate_limit: float = DEFAULT_GATE_LIMIT,
+    force: str = "",
+) -> Published:
     """Make an older revision of a task live again: `to`, or the one that was live before.
 
     Raises:
+        InterferenceError: it takes more than `gate_limit` of another task, and `force` gives no
+            reason to let it.
         TaskNotFoundError: there is no such task, or no such revision of it.
         InvalidInputError: there is nothing to go back to.
     """
@@ -51,7 +70,7 @@ def rollback(workshop: Workshop, name: str, to: int | None = None) -> Published:
         raise TaskNotFoundError(
             "--to", f"{name}@{to}", f"give 1 to {workshop.catalog.newest_record(name)}"
         )
-    return workshop.publish("rollback", live={name: to})
+    return workshop.publish("rollback", live={name: to}, gate_limit=gate_limit, force=force)
 
 
 def live_revision(workshop: Workshop, name: str) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from router.interfaces import FloatArray
 from router.statistics import ExactArray
-from trainer.metrics import Numbers
+from trainer.metrics import Numbers, ReliabilityBin
 
 _DOTS_PER_INCH = 130
 _INK = "#1f2933"
@@ -73,6 +73,22 @@ def arrivals_picture(accuracy: Sequence[float], macro: Sequence[float]) -> bytes
     return _png(figure)
 
 
+def orders_picture(accuracies: Sequence[Sequence[float]]) -> bytes:
+    """Accuracy after every arrival in several orders; the first one is dark."""
+    figure, axes = _wide()
+    for number, accuracy in reversed(list(enumerate(accuracies))):
+        first = number == 0
+        colour, width = (_FIRST, 1.8) if first else (_QUIET, 0.9)
+        arrivals = np.arange(1, len(accuracy) + 1)
+        axes.plot(arrivals, accuracy, color=colour, lw=width, alpha=1.0 if first else 0.6)
+    values = [value for accuracy in accuracies for value in accuracy if np.isfinite(value)]
+    axes.set_ylim(max(0.0, np.floor(min(values, default=0.0) * 20 - 0.5) / 20), 1.005)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=15))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    _label(axes, "tasks in the catalog", "routed to the right task")
+    return _png(figure)
+
+
 def score_picture(
     in_scope: FloatArray | ExactArray, out_of_scope: FloatArray | ExactArray
 ) -> bytes:
@@ -104,6 +120,34 @@ def score_picture(
     return _png(figure)
 
 
+def reliability_picture(bins: Sequence[ReliabilityBin]) -> bytes:
+    """A reliability diagram: right rows over their probability, and the rows of each bin."""
+    figure = Figure(figsize=(6.4, 5.6), layout="constrained", facecolor="white")
+    axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    for each in (axes, below):
+        each.grid(color=_GRID, lw=0.8)
+        each.set_axisbelow(True)
+        _quiet(each)
+    left = [each.low for each in bins]
+    width = bins[0].high - bins[0].low
+    axes.plot([0, 1], [0, 1], color=_QUIET, lw=1, ls="--")
+    x, right = np.array([(each.mean_probability, each.right) for each in bins]).T
+    ends = np.array([(each.interval.low, each.interval.high) for each in bins]).T
+    # Rounding may put an end on the other side of its share.
+    errors = np.maximum(np.abs(ends - right), 0)
+    axes.errorbar(x, right, yerr=errors, color=_FIRST, fmt="o", ms=5, elinewidth=1, alpha=0.9)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1.02)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    below.bar(left, [each.rows for each in bins], width, align="edge", color=_FIRST, alpha=0.55)
+    below.set_yscale("log")
+    below.set_ylim(0.7)
+    _label(axes, "", "right")
+    _label(below, "probability of being right", "rows")
+    return _png(figure)
+
+
 def risk_picture(coverage: ExactArray, risk: ExactArray) -> bytes:
     """The coverage-risk curve: the share of wrong rows among the best-scored ones."""
     figure, axes = _wide()
@@ -116,6 +160,51 @@ def risk_picture(coverage: ExactArray, risk: ExactArray) -> bytes:
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
     _label(axes, "answered: rows of the highest scores", "wrong among them")
+    return _png(figure)
+
+
+def map_picture(
+    places: Mapping[str, tuple[float, float]],
+    accuracy: Mapping[str, float],
+    confused: Sequence[tuple[str, str, int]],
+) -> bytes:
+    """Tasks on a plane, coloured by accuracy; lines join those that are confused, by rows.
+
+    Where there are many, only the tasks that are routed worst have their names.
+    """
+    figure = Figure(figsize=(8.6, 6.6), layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    axes.grid(color=_GRID, lw=0.8)
+    axes.set_axisbelow(True)
+    _quiet(axes)
+    for task, other, rows in confused:
+        if task in places and other in places:
+            x, y = zip(places[task], places[other], strict=True)
+            axes.plot(x, y, color=_SECOND, lw=min(0.6 + 0.3 * rows, 4.0), alpha=0.35, zorder=1)
+    names = list(places)
+    x, y = np.array([places[name] for name in names]).T
+    shares = np.array([accuracy[name] for name in names])
+    low = min(float(np.nanmin(shares)) if np.isfinite(shares).any() else 0.9, 0.9)
+    drawn = axes.scatter(
+        *(x, y), c=shares, cmap=_blues(), vmin=low, vmax=1, s=34, edgecolors=_QUIET, lw=0.6
+    )
+    bar = figure.colorbar(drawn, ax=axes, shrink=0.75, pad=0.02, format=PercentFormatter(1.0))
+    bar.set_label("share of the task's rows routed to it", color=_INK, fontsize=8)
+    bar.ax.tick_params(labelsize=8, colors=_INK, length=2)
+    bar.outline.set_visible(False)
+    worst = np.argsort(np.nan_to_num(shares, nan=2.0), kind="stable")
+    named = worst if len(names) <= NAMED_TASKS else worst[:_NUMBERED_TASKS]
+    for number in named:
+        axes.annotate(
+            _short(names[number]),
+            (x[number], y[number]),
+            xytext=(4, 3),
+            textcoords="offset points",
+            fontsize=7,
+            color=_INK,
+        )
+    axes.margins(0.12)
+    _label(axes, "first principal component", "second")
     return _png(figure)
 
 

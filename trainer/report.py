@@ -28,6 +28,7 @@ DECISION_COLUMNS = (
     "score",
     "margin",
     "threshold",
+    "probability",
     "truncated",
 )
 
@@ -185,6 +186,7 @@ def write_decisions(
                     f"{routed.score:.6g}",
                     f"{routed.margin:.6g}",
                     f"{routed.threshold:.6g}",
+                    "" if routed.probability is None else f"{routed.probability:.6g}",
                     str(routed.truncated).lower(),
                     *([routed.row.text] if with_text else []),
                 ]

@@ -10,11 +10,12 @@ from pathlib import Path
 from router.background import measure_background
 from router.catalog import ARTIFACTS_FOLDER, HEADS_FOLDER
 from router.compiling import HEAD_KINDS, changed_decisions, compile_head
-from router.errors import CorruptArtifactError, InvalidInputError
+from router.errors import CorruptArtifactError, InvalidInputError, TaskNotFoundError
 from router.fitting import Background
 from router.head import Head, empty_head
 from router.interfaces import Encoder
 from router.loading import check_encoder, read_statistics
+from router.rejection import RejectionPolicy
 from router.statistics import PooledMoments, TaskStatistics
 from router.tasks import Policy, TaskKey, TaskRecord
 from trainer.artifact_writer import ArtifactWriter
@@ -91,6 +92,8 @@ class Workshop:
             policy = replace(policy, false_reject_rate=change.false_reject_rate)
         if change.ambiguous_rate is not None:
             policy = replace(policy, ambiguous_rate=change.ambiguous_rate)
+        if change.on_unknown is not None:
+            policy = replace(policy, on_unknown=str(change.on_unknown))
         if policy.head not in HEAD_KINDS:
             raise InvalidInputError("head", policy.head, f"choose one of {', '.join(HEAD_KINDS)}")
         for name in ("false_reject_rate", "ambiguous_rate"):
@@ -114,19 +117,22 @@ class Workshop:
         live: Mapping[str, int | None],
         change: PolicyChange | None = None,
         gate_limit: float | None = None,
+        force: str = "",
     ) -> Published:
         """Compile the head for what will be live, store it, and append to the catalog.
 
-        With a `gate_limit`, records that take more than that share of an old task are refused.
+        With a `gate_limit`, tasks that were not live, and take more than that share of one that
+        was, are refused; not so where `force` or a new record gives a reason, which is recorded.
 
         All of it happens while other writers are held off, so that registrations at the same time
         cannot miss each other. A crash anywhere before the commit leaves only orphan files.
 
         Raises:
-            InterferenceError: a record takes too much of an old task, and is not forced.
+            InterferenceError: a task takes too much of another one, and is not forced.
+            TaskNotFoundError: `change` falls back to a task that would not be live.
         """
         try:
-            published = self._publish(action, records, live, change, gate_limit)
+            published = self._publish(action, records, live, change, gate_limit, force)
         except BaseException:
             self._forget(records)
             raise
@@ -140,6 +146,7 @@ class Workshop:
         live: Mapping[str, int | None],
         change: PolicyChange | None,
         gate_limit: float | None,
+        force: str,
     ) -> Published:
         catalog = self.catalog
         with catalog.appending():
@@ -149,11 +156,14 @@ class Workshop:
             new = {record.key: record for record in records}
             for record in records:
                 catalog.refuse_existing(record)
-            tasks = {key.name: key for key in catalog.live(parent)}
+            old = catalog.live(parent)
+            tasks = {key.name: key for key in old}
             for name, revision in live.items():
                 tasks.pop(name, None)
                 if revision is not None:
                     tasks[name] = TaskKey(name, revision)
+            if change is not None and change.on_unknown is not None:
+                _check_fallback(change.on_unknown, tasks)
             self._pool.update(self._task_statistics(key, new) for key in tasks.values())
             head = compile_head(
                 self._pool,
@@ -167,9 +177,11 @@ class Workshop:
             rows = {key: self._rows(key) for key in known}
             changed = changed_decisions(before, head, rows) if before is not None else {}
             gate = None
-            if gate_limit is not None and records:
-                gate = measure(before, head, rows, sorted(new))
-                check(gate, records, gate_limit)
+            arriving = sorted(set(tasks.values()) - set(old))
+            if gate_limit is not None and arriving:
+                gate = measure(before, head, rows, arriving)
+                forced = {record.key for record in records if record.forced_reason}
+                check(gate, () if force else {*arriving} - forced, gate_limit)
             revision = catalog.append(
                 Publication(
                     action,
@@ -182,6 +194,7 @@ class Workshop:
                         **head.summary,
                         "changed_decisions": changed,
                         **({"gate": gate.document()} if gate is not None else {}),
+                        **({"forced": force} if force else {}),
                     },
                 )
             )
@@ -234,3 +247,10 @@ class Workshop:
         if old not in recent:
             with contextlib.suppress(OSError):
                 self._heads.path(old).unlink()
+
+
+def _check_fallback(policy: RejectionPolicy, live: Mapping[str, TaskKey]) -> None:
+    if not policy.is_served(live):
+        raise TaskNotFoundError(
+            "fallback task", policy.fallback_task, "name a live task; `promptyard list` has them"
+        )

@@ -47,6 +47,86 @@ OUTCOME_UNKNOWN: Outcome.ValueType  # 3
 """OUTCOME_UNKNOWN means that no task fits."""
 Global___Outcome: _TypeAlias = Outcome  # noqa: Y015
 
+class _RejectionAction:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RejectionActionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RejectionAction.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    REJECTION_ACTION_UNSPECIFIED: _RejectionAction.ValueType  # 0
+    """REJECTION_ACTION_UNSPECIFIED leaves it to the policy of the catalog."""
+    REJECTION_ACTION_ABSTAIN: _RejectionAction.ValueType  # 1
+    """REJECTION_ACTION_ABSTAIN uses no task."""
+    REJECTION_ACTION_FALLBACK: _RejectionAction.ValueType  # 2
+    """REJECTION_ACTION_FALLBACK uses the task that the policy names."""
+    REJECTION_ACTION_BEST: _RejectionAction.ValueType  # 3
+    """REJECTION_ACTION_BEST uses the best-scoring task all the same."""
+
+class RejectionAction(_RejectionAction, metaclass=_RejectionActionEnumTypeWrapper):
+    """RejectionAction is what is done with an input that fits no task."""
+
+REJECTION_ACTION_UNSPECIFIED: RejectionAction.ValueType  # 0
+"""REJECTION_ACTION_UNSPECIFIED leaves it to the policy of the catalog."""
+REJECTION_ACTION_ABSTAIN: RejectionAction.ValueType  # 1
+"""REJECTION_ACTION_ABSTAIN uses no task."""
+REJECTION_ACTION_FALLBACK: RejectionAction.ValueType  # 2
+"""REJECTION_ACTION_FALLBACK uses the task that the policy names."""
+REJECTION_ACTION_BEST: RejectionAction.ValueType  # 3
+"""REJECTION_ACTION_BEST uses the best-scoring task all the same."""
+Global___RejectionAction: _TypeAlias = RejectionAction  # noqa: Y015
+
+class _Use:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _UseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Use.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    USE_UNSPECIFIED: _Use.ValueType  # 0
+    """USE_UNSPECIFIED is never sent."""
+    USE_MATCHED: _Use.ValueType  # 1
+    """USE_MATCHED means that the task fits."""
+    USE_BEST_OF_AMBIGUOUS: _Use.ValueType  # 2
+    """USE_BEST_OF_AMBIGUOUS means that the task is the best of those that fit about equally well."""
+    USE_FALLBACK: _Use.ValueType  # 3
+    """USE_FALLBACK means that no task fits, and that the policy falls back to this one."""
+    USE_BEST_ANYWAY: _Use.ValueType  # 4
+    """USE_BEST_ANYWAY means that no task fits, and that the policy uses the best one all the same."""
+    USE_NAMED: _Use.ValueType  # 5
+    """USE_NAMED means that the request named the task."""
+    USE_ABSTAINED: _Use.ValueType  # 6
+    """USE_ABSTAINED means that no task fits, and that the policy uses none."""
+    USE_FALLBACK_MISSING: _Use.ValueType  # 7
+    """USE_FALLBACK_MISSING means that no task fits, and that the task to fall back to by the
+    catalog's policy is not served at this revision.
+    """
+    USE_NO_TASKS: _Use.ValueType  # 8
+    """USE_NO_TASKS means that the catalog has no task at all."""
+
+class Use(_Use, metaclass=_UseEnumTypeWrapper):
+    """Use says why a task is used for an input, or why none is."""
+
+USE_UNSPECIFIED: Use.ValueType  # 0
+"""USE_UNSPECIFIED is never sent."""
+USE_MATCHED: Use.ValueType  # 1
+"""USE_MATCHED means that the task fits."""
+USE_BEST_OF_AMBIGUOUS: Use.ValueType  # 2
+"""USE_BEST_OF_AMBIGUOUS means that the task is the best of those that fit about equally well."""
+USE_FALLBACK: Use.ValueType  # 3
+"""USE_FALLBACK means that no task fits, and that the policy falls back to this one."""
+USE_BEST_ANYWAY: Use.ValueType  # 4
+"""USE_BEST_ANYWAY means that no task fits, and that the policy uses the best one all the same."""
+USE_NAMED: Use.ValueType  # 5
+"""USE_NAMED means that the request named the task."""
+USE_ABSTAINED: Use.ValueType  # 6
+"""USE_ABSTAINED means that no task fits, and that the policy uses none."""
+USE_FALLBACK_MISSING: Use.ValueType  # 7
+"""USE_FALLBACK_MISSING means that no task fits, and that the task to fall back to by the
+catalog's policy is not served at this revision.
+"""
+USE_NO_TASKS: Use.ValueType  # 8
+"""USE_NO_TASKS means that the catalog has no task at all."""
+Global___Use: _TypeAlias = Use  # noqa: Y015
+
 @_typing.final
 class Decision(_message.Message):
     """Decision says which task an input belongs to, and how sure that is."""
@@ -62,6 +142,10 @@ class Decision(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     TRUNCATED_FIELD_NUMBER: _builtins.int
     CANDIDATES_FIELD_NUMBER: _builtins.int
+    USED_TASK_FIELD_NUMBER: _builtins.int
+    USED_TASK_REVISION_FIELD_NUMBER: _builtins.int
+    USE_FIELD_NUMBER: _builtins.int
+    PROBABILITY_FIELD_NUMBER: _builtins.int
     outcome: Global___Outcome.ValueType
     """outcome is the verdict. `task` is set for MATCHED and AMBIGUOUS, and empty for UNKNOWN."""
     task: _builtins.str
@@ -78,6 +162,19 @@ class Decision(_message.Message):
     """revision is the catalog revision that decided."""
     truncated: _builtins.bool
     """truncated is true where the text was cut to the encoder's window before it was embedded."""
+    used_task: _builtins.str
+    """used_task is the name of the task to answer under: `task`, or for UNKNOWN the one that the
+    rejection policy says. Empty where none is.
+    """
+    used_task_revision: _builtins.int
+    """used_task_revision is the revision of that task in the snapshot that decided."""
+    use: Global___Use.ValueType
+    """use says why that task is used, or why none is."""
+    probability: _builtins.float
+    """probability is that of the best task to be right, from 0 to 1, if the text belongs to one of
+    the tasks at all; whether it does is what `score` and `threshold` say. It is fitted on rows
+    that the tasks hold out. Absent where the catalog has a single task, and for a named task.
+    """
     @_builtins.property
     def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___Candidate]:
         """candidates are the best `top_k` tasks, best first, where the request asked for them."""
@@ -94,14 +191,48 @@ class Decision(_message.Message):
         revision: _builtins.int = ...,
         truncated: _builtins.bool = ...,
         candidates: _abc.Iterable[Global___Candidate] | None = ...,
+        used_task: _builtins.str = ...,
+        used_task_revision: _builtins.int = ...,
+        use: Global___Use.ValueType = ...,
+        probability: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_probability", b"_probability", "probability", b"probability"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_probability", b"_probability", "candidates", b"candidates", "margin", b"margin", "outcome", b"outcome", "probability", b"probability", "revision", b"revision", "score", b"score", "task", b"task", "task_revision", b"task_revision", "threshold", b"threshold", "truncated", b"truncated", "use", b"use", "used_task", b"used_task", "used_task_revision", b"used_task_revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__probability: _TypeAlias = _typing.Literal["probability"]  # noqa: Y015
+    _WhichOneofArgType__probability: _TypeAlias = _typing.Literal["_probability", b"_probability"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__probability) -> _WhichOneofReturnType__probability | None: ...
+
+Global___Decision: _TypeAlias = Decision  # noqa: Y015
+
+@_typing.final
+class RejectionPolicy(_message.Message):
+    """RejectionPolicy says which task is used for an input that fits none. It never changes the
+    outcome: that stays UNKNOWN.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACTION_FIELD_NUMBER: _builtins.int
+    FALLBACK_TASK_FIELD_NUMBER: _builtins.int
+    action: Global___RejectionAction.ValueType
+    """action is what to do."""
+    fallback_task: _builtins.str
+    """fallback_task is the task to fall back to, for FALLBACK alone."""
+    def __init__(
+        self,
+        *,
+        action: Global___RejectionAction.ValueType = ...,
+        fallback_task: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "margin", b"margin", "outcome", b"outcome", "revision", b"revision", "score", b"score", "task", b"task", "task_revision", b"task_revision", "threshold", b"threshold", "truncated", b"truncated"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "fallback_task", b"fallback_task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Decision: _TypeAlias = Decision  # noqa: Y015
+Global___RejectionPolicy: _TypeAlias = RejectionPolicy  # noqa: Y015
 
 @_typing.final
 class Candidate(_message.Message):

@@ -10,6 +10,7 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from router.v1 import decision_pb2 as _decision_pb2
+from router.v1 import explanation_pb2 as _explanation_pb2
 from router.v1 import task_pb2 as _task_pb2
 import builtins as _builtins
 import sys
@@ -37,7 +38,7 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     FINISH_REASON_LABEL: _FinishReason.ValueType  # 3
     """FINISH_REASON_LABEL means that the answer is the most probable of the task's closed labels."""
     FINISH_REASON_NO_TASK: _FinishReason.ValueType  # 4
-    """FINISH_REASON_NO_TASK means that no task fits, so that there is no answer."""
+    """FINISH_REASON_NO_TASK means that no task fits and none is used, so that there is no answer."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
     """FinishReason says why an answer ended."""
@@ -51,7 +52,7 @@ FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
 FINISH_REASON_LABEL: FinishReason.ValueType  # 3
 """FINISH_REASON_LABEL means that the answer is the most probable of the task's closed labels."""
 FINISH_REASON_NO_TASK: FinishReason.ValueType  # 4
-"""FINISH_REASON_NO_TASK means that no task fits, so that there is no answer."""
+"""FINISH_REASON_NO_TASK means that no task fits and none is used, so that there is no answer."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
@@ -62,19 +63,31 @@ class RouteRequest(_message.Message):
 
     TEXT_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
+    ON_UNKNOWN_FIELD_NUMBER: _builtins.int
+    EXPLAIN_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """text is the input: not empty, at most `max_text_bytes` of GetStatus in UTF-8."""
     top_k: _builtins.int
     """top_k is how many candidates to return; 0 for none."""
+    explain: _builtins.bool
+    """explain asks for an explanation as well. It takes longer, for the first one of a revision up to
+    seconds; few are worked on at a time.
+    """
+    @_builtins.property
+    def on_unknown(self) -> _decision_pb2.RejectionPolicy:
+        """on_unknown says which task is used for a text that fits none; absent: as the catalog says."""
+
     def __init__(
         self,
         *,
         text: _builtins.str = ...,
         top_k: _builtins.int = ...,
+        on_unknown: _decision_pb2.RejectionPolicy | None = ...,
+        explain: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["on_unknown", b"on_unknown"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["text", b"text", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["explain", b"explain", "on_unknown", b"on_unknown", "text", b"text", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -88,21 +101,27 @@ class RouteResponse(_message.Message):
 
     DECISION_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
+    EXPLANATION_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
     """revision is the catalog revision that decided."""
     @_builtins.property
     def decision(self) -> _decision_pb2.Decision:
         """decision is the decision on the text."""
 
+    @_builtins.property
+    def explanation(self) -> _explanation_pb2.Explanation:
+        """explanation says why the decision is what it is, where that was asked for."""
+
     def __init__(
         self,
         *,
         decision: _decision_pb2.Decision | None = ...,
         revision: _builtins.int = ...,
+        explanation: _explanation_pb2.Explanation | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "explanation", b"explanation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "explanation", b"explanation", "revision", b"revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -116,21 +135,27 @@ class BatchRouteRequest(_message.Message):
 
     TEXTS_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
+    ON_UNKNOWN_FIELD_NUMBER: _builtins.int
     top_k: _builtins.int
     """top_k is how many candidates to return for each text; 0 for none."""
     @_builtins.property
     def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """texts are the inputs: at least one, at most `max_batch_texts` of GetStatus."""
 
+    @_builtins.property
+    def on_unknown(self) -> _decision_pb2.RejectionPolicy:
+        """on_unknown says which task is used for a text that fits none; absent: as the catalog says."""
+
     def __init__(
         self,
         *,
         texts: _abc.Iterable[_builtins.str] | None = ...,
         top_k: _builtins.int = ...,
+        on_unknown: _decision_pb2.RejectionPolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["on_unknown", b"on_unknown"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["texts", b"texts", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["on_unknown", b"on_unknown", "texts", b"texts", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -173,22 +198,28 @@ class StreamRouteRequest(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
     ID_FIELD_NUMBER: _builtins.int
+    ON_UNKNOWN_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """text is the input, as in RouteRequest."""
     top_k: _builtins.int
     """top_k is how many candidates to return; 0 for none."""
     id: _builtins.str
     """id is the caller's own, echoed in the response."""
+    @_builtins.property
+    def on_unknown(self) -> _decision_pb2.RejectionPolicy:
+        """on_unknown says which task is used for a text that fits none; absent: as the catalog says."""
+
     def __init__(
         self,
         *,
         text: _builtins.str = ...,
         top_k: _builtins.int = ...,
         id: _builtins.str = ...,
+        on_unknown: _decision_pb2.RejectionPolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["on_unknown", b"on_unknown"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "text", b"text", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "on_unknown", b"on_unknown", "text", b"text", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -275,6 +306,7 @@ class GenerateRequest(_message.Message):
     CONTEXT_FIELD_NUMBER: _builtins.int
     MAX_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
+    ON_UNKNOWN_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """text is the input, as in RouteRequest."""
     task: _builtins.str
@@ -287,6 +319,10 @@ class GenerateRequest(_message.Message):
     def context(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """context are retrieved passages to answer from, best first. They are not used for routing."""
 
+    @_builtins.property
+    def on_unknown(self) -> _decision_pb2.RejectionPolicy:
+        """on_unknown says which task is used for a text that fits none; absent: as the catalog says."""
+
     def __init__(
         self,
         *,
@@ -295,10 +331,11 @@ class GenerateRequest(_message.Message):
         context: _abc.Iterable[_builtins.str] | None = ...,
         max_output_tokens: _builtins.int = ...,
         top_k: _builtins.int = ...,
+        on_unknown: _decision_pb2.RejectionPolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["on_unknown", b"on_unknown"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "max_output_tokens", b"max_output_tokens", "task", b"task", "text", b"text", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "max_output_tokens", b"max_output_tokens", "on_unknown", b"on_unknown", "task", b"task", "text", b"text", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -527,6 +564,8 @@ class GetStatusResponse(_message.Message):
     STARTED_AT_FIELD_NUMBER: _builtins.int
     MAX_TEXT_BYTES_FIELD_NUMBER: _builtins.int
     MAX_BATCH_TEXTS_FIELD_NUMBER: _builtins.int
+    ON_UNKNOWN_FIELD_NUMBER: _builtins.int
+    FALLBACK_MISSING_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
     """revision is the catalog revision that is being served."""
     newest_revision: _builtins.int
@@ -545,6 +584,10 @@ class GetStatusResponse(_message.Message):
     """max_text_bytes is the limit of a text."""
     max_batch_texts: _builtins.int
     """max_batch_texts is the limit of a batch."""
+    on_unknown: _builtins.str
+    """on_unknown is the catalog's rejection policy: `abstain`, `best` or `fallback:TASK`."""
+    fallback_missing: _builtins.bool
+    """fallback_missing is true where the task that the policy falls back to is not served."""
     @_builtins.property
     def out_of_service(self) -> _containers.RepeatedCompositeFieldContainer[Global___OutOfService]:
         """out_of_service are the tasks that cannot be answered, and why."""
@@ -576,10 +619,12 @@ class GetStatusResponse(_message.Message):
         started_at: _timestamp_pb2.Timestamp | None = ...,
         max_text_bytes: _builtins.int = ...,
         max_batch_texts: _builtins.int = ...,
+        on_unknown: _builtins.str = ...,
+        fallback_missing: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "encoder", b"encoder", "started_at", b"started_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "encoder", b"encoder", "head", b"head", "max_batch_texts", b"max_batch_texts", "max_text_bytes", b"max_text_bytes", "newest_revision", b"newest_revision", "out_of_service", b"out_of_service", "problem", b"problem", "revision", b"revision", "started_at", b"started_at", "tasks", b"tasks", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "encoder", b"encoder", "fallback_missing", b"fallback_missing", "head", b"head", "max_batch_texts", b"max_batch_texts", "max_text_bytes", b"max_text_bytes", "newest_revision", b"newest_revision", "on_unknown", b"on_unknown", "out_of_service", b"out_of_service", "problem", b"problem", "revision", b"revision", "started_at", b"started_at", "tasks", b"tasks", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -99,7 +99,7 @@ class RouterServiceServicer:
 
     def Generate(self, request, context):
         """Generate routes (unless a task is named) and answers: first the decision, then the text in
-        pieces, then a summary. Where no task fits, the stream ends after the decision.
+        pieces, then a summary. Where no task is used, the summary follows the decision at once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -46,7 +46,7 @@ class RouterServiceStub:
     """
     Generate: _grpc.UnaryStreamMultiCallable[_router_service_pb2.GenerateRequest, _router_service_pb2.GenerateResponse]
     """Generate routes (unless a task is named) and answers: first the decision, then the text in
-    pieces, then a summary. Where no task fits, the stream ends after the decision.
+    pieces, then a summary. Where no task is used, the summary follows the decision at once.
     """
     GetSoftPrompt: _grpc.UnaryStreamMultiCallable[_router_service_pb2.GetSoftPromptRequest, _router_service_pb2.GetSoftPromptResponse]
     """GetSoftPrompt sends a task's soft prompt, for services that run the base model themselves:
@@ -73,7 +73,7 @@ class RouterServiceAsyncStub(RouterServiceStub):
     """
     Generate: _aio.UnaryStreamMultiCallable[_router_service_pb2.GenerateRequest, _router_service_pb2.GenerateResponse]  # type: ignore[assignment]
     """Generate routes (unless a task is named) and answers: first the decision, then the text in
-    pieces, then a summary. Where no task fits, the stream ends after the decision.
+    pieces, then a summary. Where no task is used, the summary follows the decision at once.
     """
     GetSoftPrompt: _aio.UnaryStreamMultiCallable[_router_service_pb2.GetSoftPromptRequest, _router_service_pb2.GetSoftPromptResponse]  # type: ignore[assignment]
     """GetSoftPrompt sends a task's soft prompt, for services that run the base model themselves:
@@ -121,7 +121,7 @@ class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_router_service_pb2.GenerateResponse], _abc.AsyncIterator[_router_service_pb2.GenerateResponse]]:
         """Generate routes (unless a task is named) and answers: first the decision, then the text in
-        pieces, then a summary. Where no task fits, the stream ends after the decision.
+        pieces, then a summary. Where no task is used, the summary follows the decision at once.
         """
 
     @_abc_1.abstractmethod

@@ -33,6 +33,7 @@ COMMANDS = [
     *("inspect", "export", "status", "token", "demo"),
     *("base show", "base check"),
     *("evaluate routing", "evaluate answers", "evaluate stream"),
+    *("policy show", "policy set"),
 ]
 
 
@@ -96,6 +97,97 @@ def test_a_task_can_be_retired_and_restored(home: Path) -> None:
         document(promptyard(action, "banking", "--home", home, "--json"))
         tasks = document(promptyard("list", "--home", home, "--json"))["tasks"]
         assert {task["name"] for task in tasks} == live
+
+
+def test_a_policy_is_set_for_the_catalog_or_for_one_call(home: Path, address: str) -> None:
+    def used(*flags: str) -> tuple[str, str | None, str]:
+        text = "who was the third king of france"
+        [decision] = document(promptyard("route", text, "--home", home, "--json", *flags))
+        return decision["outcome"], decision["used_task"], decision["use"]
+
+    assert used() == ("unknown", None, "abstained")
+    set_to = promptyard("policy", "set", "--on-unknown", "fallback:weather", "--home", home)
+    assert set_to.exit_code == 0, set_to.output
+    shown = document(promptyard("policy", "show", "--home", home, "--json"))
+    assert (shown["on_unknown"], shown["fallback_missing"]) == ("fallback:weather", False)
+    assert used() == ("unknown", "weather", "fallback")
+    assert used("--on-unknown", "abstain") == ("unknown", None, "abstained")
+    assert used("--on-unknown", "fallback:banking") == ("unknown", "banking", "fallback")
+    retired = promptyard("retire", "weather", "--home", home)
+    assert "what the catalog's policy falls back to" in retired.stderr.replace("\n", " ")
+    assert used() == ("unknown", None, "fallback_missing")
+    assert "weather is not live" in promptyard("policy", "show", "--home", home).stdout
+    document(promptyard("restore", "weather", "--home", home, "--json"))
+    document(promptyard("policy", "set", "--on-unknown", "abstain", "--home", home, "--json"))
+    assert used() == ("unknown", None, "abstained")
+
+
+def test_a_decision_is_explained_and_its_closest_row_found_in_the_file(home: Path) -> None:
+    data = home.parent / "weather.jsonl"
+    text = TASKS["weather"][5]
+    [found] = document(promptyard("route", text, "--explain", "--home", home, "--json"))
+    best = found["explanation"]["candidates"][0]
+    assert best["task"] == "weather"
+    assert sum(best["terms"].values()) == pytest.approx(best["score"], abs=1e-3)
+    row = best["examples"][0]["row"]
+    arguments = ("show", "weather", "--data", data, "--home", home, "--json")
+    assert document(promptyard(*arguments, "--row", row))["input"] == text
+    people = promptyard("route", text, "--explain", "--home", home)
+    assert found["explanation"]["sentence"][:20] in people.stdout
+    assert "discriminant" in people.stdout
+    for bad, field in ((("--row", 12), "--row"), ((), "--row")):
+        error = document(promptyard(*arguments, *bad), exit_code=2)["error"]
+        assert error["field"] == field
+    other = ("show", "weather", "--data", home.parent / "banking.jsonl", "--row", 0)
+    error = document(promptyard(*other, "--home", home, "--json"), exit_code=2)["error"]
+    assert (error["field"], "registered from" in error["remedy"]) == ("--data", True)
+
+
+def test_a_task_that_comes_back_and_takes_others_rows_is_refused(
+    home: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "home"
+    data = write(tmp_path / "rain.jsonl", TASKS["weather"])
+    flags = ("--no-prompt", "--home", folder, "--json")
+    document(promptyard("register", "weather", "--data", data, *flags))
+    document(promptyard("retire", "weather", "--home", folder, "--json"))
+    for name in ("rain", "banking"):
+        rows = write(tmp_path / f"{name}.jsonl", TASKS.get(name, TASKS["weather"]))
+        document(promptyard("register", name, "--data", rows, *flags))
+    error = document(promptyard("restore", "weather", "--home", folder, "--json"), exit_code=3)
+    assert error["error"]["reason"] == "REGISTRATION_REFUSED"
+    people = promptyard("restore", "weather", "--home", folder)
+    assert people.exit_code == 3
+    assert "rain@1" in people.stdout
+    forced = promptyard("restore", "weather", "--force", "a trial", "--home", folder, "--json")
+    assert document(forced)["gate"]["taken"][0]["task"] == "rain@1"
+
+
+def test_a_policy_goes_to_the_server_with_the_call(address: str) -> None:
+    flags = ("--on-unknown", "fallback:weather", "--server", address, "--json")
+    [answer] = document(promptyard("generate", "snow on tax law", *flags))
+    assert (answer["outcome"], answer["used_task"]) == ("unknown", "weather")
+    assert answer["answer"] == "snow"
+    [decision] = document(promptyard("route", "snow on tax law", *flags))
+    assert (decision["task"], decision["used_task"]) == (None, "weather")
+
+
+@pytest.mark.parametrize(
+    ("flags", "field", "code"),
+    [
+        (("--on-unknown", "guess"), "--on-unknown", 2),
+        (("--on-unknown", "fallback:nobody"), "fallback task", 1),
+        (("--head", "guess"), "head", 2),
+        ((), "policy", 2),
+    ],
+)
+def test_a_policy_that_cannot_be_is_refused_by_field(
+    home: Path, flags: tuple[str, ...], field: str, code: int
+) -> None:
+    before = document(promptyard("policy", "show", "--home", home, "--json"))
+    result = promptyard("policy", "set", *flags, "--home", home, "--json")
+    assert document(result, exit_code=code)["error"]["field"] == field
+    assert document(promptyard("policy", "show", "--home", home, "--json")) == before
 
 
 def test_a_server_is_asked_where_one_is_named(address: str) -> None:

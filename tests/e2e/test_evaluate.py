@@ -170,11 +170,19 @@ def test_a_stream_of_tasks_is_registered_and_scored(one_file: Path, tmp_path: Pa
     assert routing["matrix"] == [[1.0, None, None], [1.0, 1.0, None], [1.0, 1.0, 1.0]]
     assert routing["accuracy_after_each"] == [1.0, 1.0, 1.0]
     assert routing["forgetting"] == routing["backward_transfer"] == 0.0
+    assert routing["forward_transfer"] == 0.0
+    # The first task arrives in an empty catalog.
+    first, *others = routing["unknown_before_arrival"]
+    assert first is None
+    assert all(0 <= share <= 1 for share in others)
     assert 0 <= routing["accuracy_with_rejection"] <= 1
     assert 0 <= reject["in_scope_rejected"] <= 1
     assert 0 <= reject["out_of_scope_rejected"] <= 1
     assert 0.5 <= reject["auroc"] <= 1
     assert 0 <= reject["fpr_at_95_tpr"] <= 1
+    assert routing["calibration"]["rows"] == sum(b["rows"] for b in routing["calibration"]["bins"])
+    assert routing["calibration"]["rows"] == 6
+    assert 0 <= routing["calibration"]["expected_calibration_error"] <= 1
     assert "answers" not in report
     for arrival in report["registrations"]:
         assert arrival["seconds"] > 0
@@ -187,8 +195,36 @@ def test_a_stream_of_tasks_is_registered_and_scored(one_file: Path, tmp_path: Pa
     assert [row["row"] for row in decisions] == [str(number) for number in range(33, 41)]
     assert [row["true_task"] for row in decisions[-3:]] == ["cooking", "", ""]
     assert "text" not in decisions[0]
-    assert (folder / "report.html").read_text(encoding="utf-8").count("data:image/png") == 5
+    assert (folder / "report.html").read_text(encoding="utf-8").count("data:image/png") == 6
     assert (folder / "report.md").is_file()
+
+
+def test_a_stream_in_random_orders_ends_with_the_same_head(one_file: Path, tmp_path: Path) -> None:
+    arguments = (
+        *("evaluate", "stream", "--train", one_file, "--test", one_file, "--no-prompt"),
+        *("--orders", 3),
+    )
+    report = document(*arguments, "--report", tmp_path / "report")
+    orders, over = report["orders"], report["over_orders"]
+    assert len({tuple(each["order"]) for each in orders}) == 3
+    assert all(sorted(each["order"]) == sorted(TRAIN) for each in orders)
+    assert report["order"] == orders[0]["order"]
+    assert over["ends_alike"] is True
+    assert len({each["head_sha256"] for each in orders}) == 1
+    assert {each["accuracy"] for each in orders} == {report["routing"]["accuracy"]}
+    means = [each["mean_accuracy"] for each in orders]
+    assert over["mean_accuracy"]["mean"] == pytest.approx(sum(means) / 3)
+    assert over["mean_accuracy"]["least"] == min(means)
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert "Accuracy over arrivals, all orders" in page
+
+
+def test_orders_are_refused_with_prompts_or_with_an_order(one_file: Path, tmp_path: Path) -> None:
+    order = tmp_path / "order.txt"
+    order.write_text("cooking\nweather\nbanking\n")
+    arguments = ("evaluate", "stream", "--train", one_file, "--test", one_file, "--orders", 2)
+    for more in ((), ("--no-prompt", "--order", order), ("--no-prompt", "--orders", 7)):
+        assert document(*arguments, *more, exit_code=2)["error"]["field"] == "--orders"
 
 
 def run_stream(tmp_path: Path, name: str, encoder: Encoder, test: list[str]) -> StreamEvaluation:
@@ -272,6 +308,14 @@ def test_routing_is_measured_against_the_live_catalog(home: Path, tmp_path: Path
     assert report["routing"]["rows"] == 4
     assert report["reject"]["rows"] == 4
     assert report["timing"]["milliseconds_per_decision"]["p50"] > 0
+    assert report["coverage_risk"]["coverage"][-1] == 1.0
+    assert set(report["task_map"]["places"]) == {"banking", "weather"}
+    # The revision before knew the weather only.
+    before = document(*arguments, "--unknown-as-oos", "--revision", 1)
+    assert (before["catalog_revision"], before["tasks"]) == (1, ["weather"])
+    assert before["routing"]["calibration"] is None
+    error = document(*arguments, "--revision", 3, exit_code=2)["error"]
+    assert (error["field"], error["remedy"]) == ("--revision", "give 1 to 2")
     again = document(*arguments, "--unknown-as-oos")
     assert again["routing"] == report["routing"]
     assert again["reject"] == report["reject"]
@@ -315,7 +359,19 @@ def test_two_revisions_are_compared_on_the_same_rows(home: Path, tmp_path: Path)
     banking = next(row for row in changed if row["label"] == "banking")
     assert banking["task_b"] == "banking" != banking["task_a"]
 
-    assert "accuracy with rejection" in promptyard("evaluate", "compare", 1, 2, *flags)
+    interval = labelled["difference_interval"]
+    assert interval["low"] <= labelled["difference"] <= interval["high"]
+
+    # No text is written or shown unless that was asked for.
+    texts = [row["text"] for row in content]
+    quiet = promptyard("evaluate", "compare", 1, 2, *flags, "--report", folder)
+    assert "accuracy with rejection" in quiet
+    written = "".join(path.read_text(encoding="utf-8") for path in folder.iterdir())
+    assert not any(text in written or text[:9] in quiet for text in texts)
+    arguments = ("evaluate", "compare", 1, 2, *flags, "--with-text", "--report", folder)
+    changed_texts = {change["text"] for change in document(*arguments)["changed"]}
+    assert changed_texts <= {*texts, TEST["banking"][0]}
+    assert all(text in (folder / "changed.csv").read_text("utf-8") for text in changed_texts)
     assert "Nothing changed" in promptyard("evaluate", "compare", 2, 2, *flags)
     refused = document("evaluate", "compare", 1, 99, *flags, exit_code=2)["error"]
     assert (refused["field"], refused["value"]) == ("REV_B", "99")

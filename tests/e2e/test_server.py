@@ -25,6 +25,7 @@ from grpc_status import rpc_status
 from router.batching import BatchLimits
 from router.client import RouterClient
 from router.errors import InvalidInputError
+from router.rejection import OnUnknown, RejectionPolicy
 from router.server import RouterServer
 from router.settings import ServerSettings
 from router.v1 import decision_pb2, task_pb2
@@ -160,6 +161,98 @@ def test_two_tasks_that_fit_about_equally_are_ambiguous(serving: Serving) -> Non
     decision = serving.router.Route(route("weather sport"), timeout=TIMEOUT).decision
     assert decision.outcome == decision_pb2.OUTCOME_AMBIGUOUS
     assert decision.task in {"weather", "sport"}
+
+
+def with_policy(text: str, action: str, fallback: str = "") -> messages.RouteRequest:
+    policy = decision_pb2.RejectionPolicy(
+        action=f"REJECTION_ACTION_{action}",  # type: ignore[arg-type]
+        fallback_task=fallback,
+    )
+    return messages.RouteRequest(text=text, on_unknown=policy)
+
+
+def test_a_request_says_which_task_is_used_for_a_text_that_fits_none(serving: Serving) -> None:
+    for action, fallback, used, use in (
+        ("UNSPECIFIED", "", "", decision_pb2.USE_ABSTAINED),
+        ("ABSTAIN", "", "", decision_pb2.USE_ABSTAINED),
+        ("FALLBACK", "story", "story", decision_pb2.USE_FALLBACK),
+        ("BEST", "", "sport", decision_pb2.USE_BEST_ANYWAY),
+    ):
+        # One word of twelve: nearest to sport, and under its threshold.
+        text = "sport and tax law of the land that we all live in"
+        request = with_policy(text, action, fallback)
+        response = serving.router.Route(request, timeout=TIMEOUT)
+        decision = response.decision
+        assert decision.outcome == decision_pb2.OUTCOME_UNKNOWN
+        assert (decision.task, decision.used_task, decision.use) == ("", used, use)
+        assert decision.used_task_revision == bool(used)
+        assert not decision.candidates
+
+
+def test_a_text_that_fits_is_not_touched_by_a_policy(serving: Serving) -> None:
+    decision = serving.router.Route(with_policy("weather", "BEST"), timeout=TIMEOUT).decision
+    assert (decision.used_task, decision.use) == ("weather", decision_pb2.USE_MATCHED)
+    both = with_policy("weather sport", "FALLBACK", "story")
+    decision = serving.router.Route(both, timeout=TIMEOUT).decision
+    assert decision.outcome == decision_pb2.OUTCOME_AMBIGUOUS
+    assert (decision.used_task, decision.use) == (
+        decision.task,
+        decision_pb2.USE_BEST_OF_AMBIGUOUS,
+    )
+
+
+def test_a_catalogs_policy_holds_unless_the_request_has_one(serving: Serving) -> None:
+    to_story = RejectionPolicy(OnUnknown.FALLBACK, "story")
+    serving.live.snapshot = replace(make_snapshot(), rejection=to_story)
+    policy = with_policy("", "ABSTAIN").on_unknown
+    texts = ["tax law", "weather"]
+    for asked, used in ((None, ["story", "weather"]), (policy, ["", "weather"])):
+        batch = messages.BatchRouteRequest(texts=texts, on_unknown=asked)
+        response = serving.router.BatchRoute(batch, timeout=TIMEOUT)
+        assert [decision.used_task for decision in response.decisions] == used
+        stream = [messages.StreamRouteRequest(text=text, on_unknown=asked) for text in texts]
+        responses = list(serving.router.StreamRoute(iter(stream), timeout=TIMEOUT))
+        assert [response.decision.used_task for response in responses] == used
+
+
+def test_a_catalogs_fallback_that_was_retired_is_told_and_is_no_error(serving: Serving) -> None:
+    gone = RejectionPolicy(OnUnknown.FALLBACK, "retired")
+    serving.live.snapshot = replace(make_snapshot(), rejection=gone)
+    decision = serving.router.Route(route("tax law"), timeout=TIMEOUT).decision
+    assert (decision.used_task, decision.use) == ("", decision_pb2.USE_FALLBACK_MISSING)
+    status = serving.router.GetStatus(messages.GetStatusRequest(), timeout=TIMEOUT)
+    assert (status.on_unknown, status.fallback_missing) == ("fallback:retired", True)
+    request = messages.GenerateRequest(text="tax law")
+    *_, summary = serving.router.Generate(request, timeout=TIMEOUT)
+    assert summary.summary.finish_reason == messages.FINISH_REASON_NO_TASK
+
+
+def test_a_requests_fallback_that_does_not_exist_is_not_found(serving: Serving) -> None:
+    request = with_policy("weather", "FALLBACK", "nobody")
+    error, status = failed(lambda: serving.router.Route(request, timeout=TIMEOUT))
+    assert error.code() is grpc.StatusCode.NOT_FOUND
+    assert reason(status) == "TASK_NOT_FOUND"
+    assert "on_unknown.fallback_task: nobody" in status.message
+
+
+def test_a_bad_policy_in_a_stream_is_an_error_of_its_own(serving: Serving) -> None:
+    bad = decision_pb2.RejectionPolicy(fallback_task="story")
+    requests = [
+        messages.StreamRouteRequest(text="tax law", on_unknown=bad, id="bad"),
+        messages.StreamRouteRequest(text="tax law", id="good"),
+    ]
+    first, second = serving.router.StreamRoute(iter(requests), timeout=TIMEOUT)
+    assert (first.id, first.error.field) == ("bad", "on_unknown.action")
+    assert second.decision.outcome == decision_pb2.OUTCOME_UNKNOWN
+
+
+def test_an_unknown_text_is_answered_under_the_task_of_the_policy(serving: Serving) -> None:
+    policy = with_policy("", "FALLBACK", "weather").on_unknown
+    request = messages.GenerateRequest(text="snow on tax law", on_unknown=policy)
+    first, piece, last = serving.router.Generate(request, timeout=TIMEOUT)
+    assert first.decision.outcome == decision_pb2.OUTCOME_UNKNOWN
+    assert (first.decision.used_task, piece.piece) == ("weather", "snow")
+    assert last.summary.finish_reason == messages.FINISH_REASON_LABEL
 
 
 def test_truncation_to_the_encoders_window_is_reported(serving: Serving) -> None:

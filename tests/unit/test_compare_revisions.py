@@ -19,6 +19,7 @@ from trainer.compare_revisions import (
     read_compared_texts,
 )
 from trainer.comparison_report import comparison_facts
+from trainer.metrics import paired_difference_interval
 
 
 def decision(task: str | None, outcome: Outcome = Outcome.MATCHED, revision: int = 1) -> Decision:
@@ -90,6 +91,9 @@ def test_rows_are_scored_by_what_their_labels_are() -> None:
     assert found.labelled.rows == 4
     assert (found.labelled.accuracy_a, found.labelled.accuracy_b) == (2 / 4, 3 / 4)
     assert found.labelled.mcnemar == mcnemar(1, 2)
+    assert found.labelled.difference == 1 / 4
+    assert found.labelled.difference_interval == paired_difference_interval(1, 1, 2, 0)
+    assert {change.text for change in found.changed} == {""}
     assert found.out_of_scope is not None
     assert (found.out_of_scope.rejected_a, found.out_of_scope.rejected_b) == (0.0, 1.0)
     assert found.unknown_labels == {"green": 1}

@@ -11,6 +11,7 @@ from router.decision import Outcome
 from router.errors import InvalidInputError, NoPromptError
 from tests.fakes import FakeEncoder, FakeLanguageModel, make_snapshot, make_task, without_prompt
 from trainer.evaluate_answers import evaluate_answers
+from trainer.evaluate_orders import random_orders
 from trainer.evaluate_routing import RoutedText, evaluate_routing
 from trainer.evaluate_stream import StreamFiles, read_stream
 from trainer.evaluation_rows import (
@@ -287,3 +288,17 @@ def test_test_rows_of_other_tasks_are_an_error_unless_they_count_as_out_of_scope
         read_stream(StreamFiles(path, path, FIELDS), with_prompt=False)
     files = StreamFiles(path, path, FIELDS, unknown_as_oos=True)
     assert [row.task for row in read_stream(files, with_prompt=False).test] == ["a", None]
+
+
+def test_random_orders_differ_and_are_the_same_on_every_run() -> None:
+    orders = random_orders("abcd", 24)
+    assert len(set(orders)) == 24
+    assert {tuple(sorted(order)) for order in orders} == {tuple("abcd")}
+    assert random_orders("dcba", 5) == orders[:5]
+    assert len(random_orders([f"task-{n}" for n in range(150)], 100)) == 100
+
+
+def test_more_orders_than_there_are_are_refused() -> None:
+    assert random_orders("a", 1) == [("a",)]
+    with pytest.raises(InvalidInputError, match="--orders: 7; 3 tasks have 6 orders"):
+        random_orders("abc", 7)

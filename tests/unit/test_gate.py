@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,6 @@ from router.head import Head, with_thresholds
 from router.statistics import PooledMoments
 from router.tasks import Policy, TaskKey
 from tests.catalogs import (
-    new_record,
     new_workshop,
     publish,
     random_task,
@@ -22,7 +22,7 @@ from tests.catalogs import (
     write_rows,
 )
 from trainer.commands import RegisterTask
-from trainer.gate import InterferenceError, check, measure
+from trainer.gate import GateReport, InterferenceError, Taken, check, measure
 from trainer.register import register
 from trainer.tuning import TuningSettings
 from trainer.workshop import Workshop
@@ -88,21 +88,115 @@ def test_without_old_tasks_there_is_nothing_to_take() -> None:
     ],
 )
 def test_more_than_the_limit_is_refused_but_not_a_single_row_or_a_forced_task(
-    workshop: Workshop, rows: int, limit: float, force: str, refused: bool
+    rows: int, limit: float, force: str, refused: bool
 ) -> None:
     before = decided(A, B, held_out=[0, 0, 0, 0, 1, 1])
     after = decided(A, B, NEW, held_out=[2] * rows + [0] * (4 - rows) + [1, 1, 2, 2, 2, 2])
     report = measure(before, after, ROWS, [NEW])
-    record = new_record(workshop, "new", forced_reason=force)
+    unforced = [] if force else [NEW]
     if not refused:
-        check(report, [record], limit)
+        check(report, unforced, limit)
         return
     with pytest.raises(InterferenceError) as error:
-        check(report, [record], limit)
+        check(report, unforced, limit)
     assert error.value.tasks == (NEW,)
     assert "takes 50.0% of a@1 (2 of 4 held-out rows)" in str(error.value)
     assert "right on old tasks 100.0% -> 66.7%" in str(error.value)
     assert "--force" in str(error.value)
+
+
+def together(*pairs: tuple[str, str, int], new: str = "abcd", rows: int = 10) -> GateReport:
+    """New tasks of ten rows: `(task, by, taken)`."""
+    taken = [Taken(TaskKey(t, 1), TaskKey(by, 1), n, rows) for t, by, n in pairs]
+    return GateReport(
+        tuple(sorted(taken, key=lambda t: -t.share)),
+        *((), (), None, None),
+        tuple(TaskKey(name, 1) for name in new),
+    )
+
+
+@pytest.mark.parametrize(
+    ("pairs", "refused"),
+    [
+        # Of two that take of each other, the one that takes more.
+        ([("a", "b", 3), ("b", "a", 4)], "a"),
+        # A row is never too much.
+        ([("a", "b", 1), ("b", "a", 1)], ""),
+        # Without a, nothing is wrong with b.
+        ([("b", "a", 5), ("c", "a", 4), ("a", "b", 3)], "a"),
+        # Two that have nothing to do with each other.
+        ([("a", "b", 3), ("c", "d", 3)], "bd"),
+        # d takes of a, which is refused for what it takes of b: d gets another chance.
+        ([("a", "d", 6), ("b", "a", 5)], "a"),
+        # A circle ends with one that is refused.
+        ([("b", "a", 6), ("c", "b", 5), ("a", "c", 4)], "b"),
+        # An old task is there to stay, however little is taken of it.
+        ([("old", "a", 2), ("a", "b", 9)], "a"),
+    ],
+)
+def test_of_tasks_that_come_together_those_that_take_most_are_refused(
+    pairs: list[tuple[str, str, int]], refused: str
+) -> None:
+    report = together(*pairs)
+    if not refused:
+        check(report, report.new, 0.05)
+        return
+    with pytest.raises(InterferenceError) as error:
+        check(report, report.new, 0.05)
+    assert "".join(key.name for key in error.value.tasks) == refused
+    assert "held-out rows" in str(error.value)
+
+
+def test_a_forced_task_of_several_passes_and_the_other_is_measured_against_it() -> None:
+    report = together(("a", "b", 3), ("b", "a", 4))
+    with pytest.raises(InterferenceError) as error:
+        check(report, [TaskKey("b", 1)], 0.05)
+    assert error.value.tasks == (TaskKey("b", 1),)
+    check(report, [], 0.05)
+
+
+def test_rows_of_new_tasks_that_go_to_each_other_are_measured() -> None:
+    before = decided(A, held_out=[0, 0, 0, 0])
+    after = decided(A, B, NEW, held_out=[0, 0, 0, 2, 2, 2, 1, 2, 2, 2])
+    report = measure(before, after, ROWS, [B, NEW])
+    assert [(t.task, t.by, t.taken) for t in report.taken] == [
+        (B, NEW, 2),
+        (A, NEW, 1),
+        (NEW, B, 1),
+    ]
+    assert (B, NEW) in report.near_duplicates
+    assert report.new == (B, NEW)
+
+
+def test_of_two_tasks_of_one_kind_that_come_together_one_is_refused(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    requests = [
+        RegisterTask(
+            name,
+            write_rows(tmp_path / f"{name}.jsonl", texts_of(place, 20, start)),
+            with_prompt=False,
+        )
+        for name, place, start in (
+            ("rain", "weather", 0),
+            ("sun", "weather", 50),
+            ("golf", "sport", 0),
+        )
+    ]
+    result = register(workshop, requests, None, TuningSettings())
+    [refused] = result.failures
+    assert refused in ("rain", "sun")
+    assert isinstance(result.failures[refused], InterferenceError)
+    assert result.published is not None
+    assert {record.name for record in result.records} == {"rain", "sun", "golf"} - {refused}
+    lenient = register(
+        workshop,
+        [replace(request, name=f"{request.name}-2") for request in requests[2:]],
+        None,
+        TuningSettings(),
+        gate_limit=1.0,
+    )
+    assert lenient.published is not None
 
 
 def thief(tmp_path: Path, **options: str) -> RegisterTask:

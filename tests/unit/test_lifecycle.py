@@ -18,6 +18,7 @@ from tests.catalogs import (
     served_models,
     texts_of,
 )
+from trainer.gate import InterferenceError
 from trainer.lifecycle import live_revision, restore, retire, rollback
 from trainer.workshop import Workshop
 
@@ -101,6 +102,34 @@ def test_the_next_revision_counts_on_after_a_rollback(workshop: Workshop) -> Non
     assert workshop.catalog.newest_record("sport") == 2
     publish(workshop, "sport", revision=3)
     assert live_revision(workshop, "sport") == 3
+
+
+def test_a_task_that_comes_back_passes_the_gate_as_a_new_one_does(workshop: Workshop) -> None:
+    retire(workshop, "sport")
+    # Meanwhile another task has taken its place.
+    publish(workshop, "games", texts=texts_of("sport", 20, start=500))
+    with pytest.raises(InterferenceError) as refused:
+        restore(workshop, "sport")
+    assert refused.value.tasks == (TaskKey("sport", 1),)
+    assert refused.value.report.taken[0].task == TaskKey("games", 1)
+    assert live_revision(workshop, "sport") is None
+    assert workshop.catalog.newest_revision() == 3
+    published = restore(workshop, "sport", force="games goes next week")
+    report = workshop.catalog.revision(published.revision).report
+    assert report["forced"] == "games goes next week"
+    assert published.gate is not None
+    assert report["gate"] == published.gate.document()
+
+
+def test_a_rollback_passes_the_gate_too(workshop: Workshop) -> None:
+    publish(workshop, "sport", revision=2, texts=texts_of("elsewhere", 20))
+    publish(workshop, "games", texts=texts_of("sport", 20, start=500))
+    with pytest.raises(InterferenceError, match="sport@1 on the other tasks: takes"):
+        rollback(workshop, "sport")
+    assert live_revision(workshop, "sport") == 2
+    published = rollback(workshop, "sport", gate_limit=1.0)
+    assert live_revision(workshop, "sport") == 1
+    assert "forced" not in workshop.catalog.revision(published.revision).report
 
 
 def test_all_tasks_can_be_retired_and_everything_is_unknown_then(workshop: Workshop) -> None:

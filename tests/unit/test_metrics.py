@@ -123,7 +123,7 @@ def test_stream_figures_follow_their_formulas() -> None:
 
 
 def test_one_task_has_nothing_to_forget() -> None:
-    assert metrics.stream_figures(np.array([[0.5]])) == metrics.StreamFigures(0.5, 0.0, 0.0)
+    assert metrics.stream_figures(np.array([[0.5]])) == metrics.StreamFigures(0.5, 0.0, 0.0, 0.0)
 
 
 def test_a_task_without_test_rows_counts_nowhere() -> None:
@@ -144,3 +144,106 @@ def test_percentiles_are_in_milliseconds() -> None:
 
 def test_percentiles_of_nothing_are_not_defined() -> None:
     assert math.isnan(metrics.percentiles([]).p50)
+
+
+def test_reliability_compares_probabilities_with_what_was_right() -> None:
+    # Bins of a fifteenth: [0.8, 0.867) has two rows of which one is right, the last bin three.
+    probabilities = [0.81, 0.83, 0.95, 0.99, 1.0]
+    found = metrics.reliability(probabilities, np.array([True, False, True, True, True]))
+    first, last = found.bins
+    assert (first.rows, first.right, last.rows, last.right) == (2, 0.5, 3, 1.0)
+    assert first.mean_probability == pytest.approx(0.82)
+    assert (first.low, last.high) == (pytest.approx(0.8), 1.0)
+    gaps = 2 * 0.32 + 3 * (1 - 0.98)
+    assert found.expected_calibration_error == pytest.approx(gaps / 5)
+    errors = [0.19, 0.83, 0.05, 0.01, 0.0]
+    assert found.brier_score == pytest.approx(np.mean(np.square(errors)))
+
+
+def test_probabilities_that_keep_their_word_have_no_calibration_error() -> None:
+    right = np.tile([True, True, True, False], 50)
+    assert metrics.reliability([0.75] * 200, right).expected_calibration_error == 0
+    assert metrics.reliability([0.25] * 200, right).expected_calibration_error == pytest.approx(0.5)
+    nothing = metrics.reliability([], np.zeros(0, np.bool_))
+    assert (nothing.rows, nothing.bins) == (0, ())
+    assert math.isnan(nothing.expected_calibration_error)
+
+
+@given(*[st.integers(0, 60)] * 4)
+def test_the_interval_of_a_difference_holds_it_and_turns_with_the_sides(
+    both: int, only_a: int, only_b: int, neither: int
+) -> None:
+    rows = both + only_a + only_b + neither
+    found = metrics.paired_difference_interval(both, only_a, only_b, neither)
+    if not rows:
+        assert math.isnan(found.low)
+        return
+    assert -1 - 1e-9 <= found.low <= (only_b - only_a) / rows <= found.high <= 1 + 1e-9
+    turned = metrics.paired_difference_interval(both, only_b, only_a, neither)
+    assert (turned.low, turned.high) == pytest.approx((-found.high, -found.low))
+
+
+def test_the_interval_of_a_difference_holds_the_true_one_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    shares = np.array([0.85, 0.03, 0.06, 0.06])  # the true difference is 3 points
+    held = 0
+    for counts in rng.multinomial(400, shares, size=2000).tolist():
+        found = metrics.paired_difference_interval(*counts)
+        held += found.low <= 0.03 <= found.high
+    assert held / 2000 == pytest.approx(0.95, abs=0.02)
+
+
+def test_pairs_make_the_interval_of_a_difference_narrow() -> None:
+    # 900 rows right at both say nothing of the difference, and leave little room for one.
+    paired = metrics.paired_difference_interval(900, 4, 16, 80)
+    apart = metrics.paired_difference_interval(900 - 80, 84, 96, 0)
+    assert paired.low > 0 > apart.low
+
+
+def test_the_macro_interval_of_tasks_alike_is_that_of_all_rows() -> None:
+    alike = metrics.per_task(np.array([[90, 10], [10, 90]], np.int64))
+    expected = metrics.wilson_interval(180, 200)
+    found = metrics.macro_interval(alike)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=2e-3)
+
+
+def test_the_macro_interval_is_as_wide_as_its_smallest_task_makes_it() -> None:
+    # Half of the mean rests on ten rows.
+    uneven = metrics.per_task(np.array([[990, 10], [2, 8]], np.int64))
+    found = metrics.macro_interval(uneven)
+    assert found.low < 0.99 / 2 + 0.8 / 2 < found.high
+    assert found.high - found.low > 0.1
+    perfect = metrics.per_task(np.array([[5, 0], [0, 5]], np.int64))
+    assert metrics.macro_interval(perfect) == metrics.wilson_interval(10, 10)
+    empty = metrics.per_task(np.zeros((2, 2), np.int64))
+    assert math.isnan(metrics.macro_interval(empty).low)
+
+
+def test_the_macro_interval_holds_the_true_one_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    shares, sizes = np.array([0.95, 0.8, 0.9, 0.6, 0.99]), np.array([200, 30, 60, 40, 25])
+    held = 0
+    for _ in range(1000):
+        right = rng.binomial(sizes, shares)
+        tasks = [
+            metrics.TaskFigures(n, n, hit, hit / n, 1.0)
+            for n, hit in zip(sizes.tolist(), right.tolist(), strict=True)
+        ]
+        found = metrics.macro_interval(tasks)
+        held += found.low <= shares.mean() <= found.high
+    assert held / 1000 == pytest.approx(0.95, abs=0.025)
+
+
+def test_forward_transfer_is_what_is_right_before_a_task_arrives() -> None:
+    matrix = np.array([[1.0, 0.2, NAN], [0.9, 1.0, 0.4], [0.8, 0.9, 1.0]])
+    assert metrics.stream_figures(matrix).forward_transfer == pytest.approx((0.2 + 0.4) / 2)
+    # Nothing is routed to a task that is not there.
+    nothing = np.where(np.triu(np.ones((3, 3)), 1) == 1, NAN, matrix)
+    assert metrics.stream_figures(nothing).forward_transfer == 0
+
+
+def test_the_spread_of_values_is_their_mean_and_deviation() -> None:
+    found = metrics.spread([1.0, 3.0, 2.0])
+    assert found == metrics.Spread(2.0, 1.0, 1.0, 3.0)
+    assert metrics.spread([0.5]) == metrics.Spread(0.5, 0.0, 0.5, 0.5)
+    assert math.isnan(metrics.spread([]).mean)

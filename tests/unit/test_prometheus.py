@@ -17,6 +17,7 @@ from router.client import RouterClient, RouterError
 from router.embedding_cache import CachingEncoder
 from router.errors import InvalidInputError
 from router.prometheus import PrometheusMetrics, metrics_port, serving
+from router.rejection import OnUnknown, RejectionPolicy
 from router.routing import Router
 from tests.fakes import (
     FakeEncoder,
@@ -111,6 +112,17 @@ def test_calls_are_counted_by_method_and_status(client: RouterClient, scrape: Sc
     assert scrape("promptyard_calls_total", method="GetTask", code="NOT_FOUND") == 1
     assert scrape("promptyard_call_seconds_count", method="Route") == 4
     assert scrape("promptyard_call_seconds_sum", method="Route") > 0
+
+
+def test_what_is_used_for_unknown_texts_is_counted(client: RouterClient, scrape: Scrape) -> None:
+    client.route("tax law", on_unknown=RejectionPolicy(OnUnknown.FALLBACK, "story"))
+    client.batch_route(["tax law", "weather"], on_unknown=RejectionPolicy(OnUnknown.BEST))
+    list(client.stream_route(["tax law"], on_unknown=RejectionPolicy()))
+    assert scrape("promptyard_tasks_used_total", task="story", use="fallback") == 1
+    assert scrape("promptyard_tasks_used_total", use="best_anyway") == 1
+    assert scrape("promptyard_tasks_used_total", task="", use="abstained") == 1
+    assert scrape("promptyard_tasks_used_total", task="weather", use="matched") == 1
+    assert scrape("promptyard_decisions_total", task="", outcome="unknown") == 3
 
 
 def test_decisions_are_counted_by_task_and_outcome(client: RouterClient, scrape: Scrape) -> None:

@@ -15,11 +15,18 @@ import pytest
 from router.decision import Outcome
 from router.errors import StorageError
 from trainer import plots
-from trainer.evaluate_routing import RoutedText, RoutingEvaluation, reject_figures, routing_figures
-from trainer.evaluation_reports import routing_report
+from trainer.evaluate_routing import (
+    RoutedText,
+    RoutingEvaluation,
+    coverage_risk,
+    reject_figures,
+    routing_figures,
+)
 from trainer.evaluation_rows import LabelledText
-from trainer.metrics import Percentiles
+from trainer.metrics import Percentiles, reliability
 from trainer.report import Picture, Report, Table, to_html, to_json, to_markdown, write_report
+from trainer.routing_report import routing_report
+from trainer.task_map import TaskMap
 
 AWKWARD = 'a <script> & a "quote", a | pipe,\na *star* and [bold]'
 
@@ -31,6 +38,7 @@ def routed(number: int, text: str, task: str | None, best: str, **changes: objec
         "margin": 1.5,
         "threshold": 2.0,
         "truncated": False,
+        "probability": 0.9,
     } | changes
     return RoutedText(LabelledText(number, text, task), best, **values)  # type: ignore[arg-type]
 
@@ -52,6 +60,8 @@ def report() -> Report:
         tasks=tasks,
         routing=routing_figures(DECISIONS, tasks),
         reject=reject_figures(DECISIONS),
+        coverage_risk=coverage_risk(DECISIONS),
+        places=TaskMap({"sport": (-1.0, 0.0), "weather": (1.0, 0.0)}, 1.0),
         milliseconds_per_decision=Percentiles(1.0, 2.0, 3.0, 4.0),
         decisions=DECISIONS,
     )
@@ -69,6 +79,15 @@ def test_json_holds_the_figures_and_null_for_what_is_not_finite(report: Report) 
     assert routing["outcomes"] == {"matched": 2, "ambiguous": 0, "unknown": 0}
     assert document["reject"]["auroc"] == 1.0
     assert document["reject"]["out_of_scope_rejected"] == 1.0
+    # One of the two in-scope rows is right; of the accepted rows they are all.
+    assert routing["calibration"]["expected_calibration_error"] == pytest.approx(0.4)
+    assert document["reject"]["accepted_calibration"]["rows"] == 2
+    # The surest two rows are even; then the wrong one comes second of three.
+    assert document["coverage_risk"]["coverage"] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert document["coverage_risk"]["risk"] == pytest.approx([0, 1 / 2, 2 / 3])
+    assert document["coverage_risk"]["area"] == pytest.approx((0 + 1 / 2 + 2 / 3) / 3)
+    low, high = (routing["macro_accuracy_interval"][end] for end in ("low", "high"))
+    assert low < 0.5 < high
     assert document["timing"]["milliseconds_per_decision"]["p99"] == 3.0
 
 
@@ -77,7 +96,7 @@ def test_html_is_one_page_in_which_every_text_is_escaped(report: Report) -> None
     assert "<script" not in page
     assert "rows &lt;b&gt;.jsonl" in page
     assert re.findall(r'(?:src|href)="(?!data:image/png;base64,)', page) == []
-    assert page.count("data:image/png;base64,") == len(report.pictures) == 3
+    assert page.count("data:image/png;base64,") == len(report.pictures) == 5
     opened: list[str] = []
 
     class Checker(HTMLParser):
@@ -140,6 +159,11 @@ def test_pictures_can_be_drawn_of_few_and_of_many_tasks(tasks: int) -> None:
         plots.matrix_picture(matrix, names),
         plots.confusion_picture(confusion, names),
         plots.arrivals_picture([1.0] * tasks, [0.95] * tasks),
+        plots.map_picture(
+            {name: (n % 7, n // 7) for n, name in enumerate(names)},
+            {name: 1 - n / 200 for n, name in enumerate(names)},
+            [(names[0], names[-1], 3), (names[0], "elsewhere", 1)],
+        ),
     ):
         assert picture.startswith(b"\x89PNG")
 
@@ -152,6 +176,8 @@ def test_pictures_can_be_drawn_of_next_to_nothing() -> None:
         plots.score_picture(np.array([1.0]), nothing),
         plots.score_picture(np.array([1.0, 1.0]), np.array([1.0])),
         plots.risk_picture(np.array([1.0]), np.array([0.0])),
+        plots.map_picture({"a": (0.0, 0.0)}, {"a": math.nan}, []),
+        plots.reliability_picture(reliability([1.0], np.array([False])).bins),
     ):
         assert picture.startswith(b"\x89PNG")
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import router.errors
 from router.answer import AnswerSummary, FinishReason
-from router.decision import Candidate, Decision, Outcome
+from router.decision import Candidate, Decision, Outcome, Use
 from router.errors import (
     InvalidInputError,
     OverloadedError,
@@ -22,19 +22,27 @@ from router.errors import (
     TaskNotFoundError,
     TaskOutOfServiceError,
 )
+from router.explanation import ExplainedCandidate, Explanation, ScoreTerm, StoredExample
+from router.rejection import RejectionPolicy
 from router.tasks import TaskKey
-from router.v1 import decision_pb2, error_reason_pb2
+from router.v1 import decision_pb2, error_reason_pb2, explanation_pb2
 from router.v1 import router_service_pb2 as messages
 from router.wire import (
     Unreadable,
     answer_message,
     answer_value,
-    decision_message,
-    decision_value,
     failure,
     request_reader,
     stream_error_message,
     task_message,
+)
+from router.wire_decisions import (
+    decision_message,
+    decision_value,
+    explanation_message,
+    explanation_value,
+    rejection_message,
+    rejection_value,
 )
 from tests.fakes import make_task, without_prompt
 
@@ -53,6 +61,27 @@ decisions = st.builds(
     st.integers(0, 2**62),
     st.booleans(),
     st.lists(st.builds(Candidate, keys, *[st.floats(allow_nan=False)] * 2), max_size=3).map(tuple),
+    st.none() | keys,
+    st.sampled_from(Use),
+    st.none() | st.floats(0, 1),
+)
+
+numbers = st.floats(allow_nan=False)
+explanations = st.builds(
+    Explanation,
+    st.text(),
+    st.lists(
+        st.builds(
+            ExplainedCandidate,
+            keys,
+            *[numbers] * 3,
+            st.lists(st.builds(ScoreTerm, st.text(), numbers), max_size=2).map(tuple),
+            st.lists(st.builds(StoredExample, st.integers(0, 9), numbers), max_size=2).map(tuple),
+        ),
+        max_size=2,
+    ).map(tuple),
+    numbers,
+    st.lists(st.text(), max_size=2).map(tuple),
 )
 
 
@@ -75,6 +104,55 @@ def test_a_step_of_an_answer_survives_the_wire(event: Any) -> None:
     message = messages.GenerateResponse.FromString(raw)
     assert answer_value(message) == event
     assert message.revision == 7
+
+
+def test_a_decision_of_a_server_that_knows_no_policies_uses_its_task() -> None:
+    for outcome, task, use in (
+        (decision_pb2.OUTCOME_MATCHED, TaskKey("a", 2), Use.MATCHED),
+        (decision_pb2.OUTCOME_UNKNOWN, None, Use.ABSTAINED),
+    ):
+        message = decision_pb2.Decision(outcome=outcome)
+        if task is not None:
+            message.task, message.task_revision = task.name, task.revision
+        decision = decision_value(message)
+        assert (decision.used, decision.use) == (task, use)
+
+
+@given(explanations)
+def test_an_explanation_survives_the_wire(explanation: Explanation) -> None:
+    raw = explanation_message(explanation).SerializeToString()
+    assert explanation_value(explanation_pb2.Explanation.FromString(raw)) == explanation
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [None, *map(RejectionPolicy.parse, ("abstain", "best", "fallback:help.desk-2"))],
+    ids=str,
+)
+def test_a_rejection_policy_survives_the_wire(policy: RejectionPolicy | None) -> None:
+    request = messages.RouteRequest(text="x", on_unknown=rejection_message(policy))
+    raw = request.SerializeToString()
+    assert rejection_value(messages.RouteRequest.FromString(raw).on_unknown) == policy
+
+
+@pytest.mark.parametrize(
+    ("action", "task", "field"),
+    [
+        (9, "", "on_unknown.action"),
+        (0, "help", "on_unknown.action"),
+        (decision_pb2.REJECTION_ACTION_FALLBACK, "", "on_unknown.fallback_task"),
+        (decision_pb2.REJECTION_ACTION_FALLBACK, "../help", "on_unknown.fallback_task"),
+        (decision_pb2.REJECTION_ACTION_FALLBACK, "x" * 101, "on_unknown.fallback_task"),
+        (decision_pb2.REJECTION_ACTION_BEST, "help", "on_unknown.fallback_task"),
+        (decision_pb2.REJECTION_ACTION_ABSTAIN, "help", "on_unknown.fallback_task"),
+    ],
+)
+def test_a_rejection_policy_that_makes_no_sense_is_refused_by_field(
+    action: Any, task: str, field: str
+) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        rejection_value(decision_pb2.RejectionPolicy(action=action, fallback_task=task))
+    assert caught.value.field == field
 
 
 def test_every_outcome_and_finish_reason_has_a_message() -> None:

@@ -15,6 +15,7 @@ from trainer.cli import (
     exchanging,
     inspecting,
     operating,
+    policy,
     registering,
     serving,
     tasks,
@@ -59,6 +60,7 @@ demo.add_to(app)
 comparing.add_to(evaluation.app)
 app.add_typer(evaluation.app, name="evaluate")
 app.add_typer(base_models.app, name="base")
+app.add_typer(policy.app, name="policy")
 
 
 def main() -> None:

@@ -47,6 +47,12 @@ def compare(
         str, typer.Option(help="Name of the column with the rows' tasks. Rows may lack it.")
     ] = "task",
     oos_label: OosLabel = "oos",
+    with_text: Annotated[
+        bool,
+        typer.Option(
+            "--with-text", help="Show and write the inputs, too. Else rows go by their number."
+        ),
+    ] = False,
     home: Home = None,
     encoder: EncoderName = DEFAULT_ENCODER,
     as_json: AsJson = False,
@@ -56,8 +62,8 @@ def compare(
     promptyard evaluate compare 7 8 --data traffic.jsonl --report out
 
     Labels are optional. Rows labelled with a task of either revision give the accuracy at both (a
-    rejected row is wrong) and McNemar's exact two-sided test: a small p-value says that one
-    revision is better by more than chance. Inputs are shown and written shortened.
+    rejected row is wrong), the difference with its 95 % interval, and McNemar's exact two-sided
+    test: a small p-value says that one revision is better by more than chance.
     """
     with errors_for_people(as_json):
         from router.bootstrap import load_encoder, log_to_stderr
@@ -93,6 +99,7 @@ def compare(
                 revisions=(revision_a, revision_b),
                 tasks={*a.tasks, *b.tasks},
                 out_of_scope_label=oos_label,
+                with_text=with_text,
             )
         written = write_comparison(report, comparison, data.name) if report is not None else []
         if as_json:

@@ -55,6 +55,14 @@ BaseModel = Annotated[
         show_default=False,
     ),
 ]
+GateLimit = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        help="Share of another task's held-out rows that a new one may take. Default: 0.05.",
+    ),
+]
 Server = Annotated[
     str | None, typer.Option(help="Ask the server at HOST:PORT instead of working in process.")
 ]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from router.errors import StorageError
+from router.errors import InvalidInputError, StorageError
 from router.settings import DEFAULT_BASE_MODEL, DEFAULT_ENCODER
 from trainer.cli.console import (
     AsJson,
@@ -77,30 +77,33 @@ def routing(
     unknown_as_oos: UnknownAsOos = False,
     rows_per_task: RowsPerTask = None,
     with_text: WithText = False,
+    revision: Annotated[
+        int | None, typer.Option(help="Catalog revision to route with. Default: the newest.")
+    ] = None,
     home: Home = None,
     encoder: EncoderName = DEFAULT_ENCODER,
     as_json: AsJson = False,
 ) -> None:
-    """Route labelled rows with the live catalog, and compare with their tasks.
+    """Route labelled rows with a catalog revision, and compare with their tasks.
 
     promptyard evaluate routing --data held-out.jsonl --report out
     """
     with errors_for_people(as_json):
         from router.bootstrap import load_encoder, log_to_stderr
         from trainer.evaluate_routing import evaluate_routing, load_snapshot
-        from trainer.evaluation_reports import routing_report
         from trainer.evaluation_rows import (
             EvaluationFields,
             first_of_each_task,
             match_tasks,
             read_texts,
         )
+        from trainer.routing_report import routing_report
 
         log_to_stderr("warning")
         make_folder(report)
         rows = read_texts(data, EvaluationFields(input_field, task_field), oos_label)
         loaded = load_encoder(encoder)
-        snapshot = load_snapshot(home_folder(home), loaded)
+        snapshot = load_snapshot(home_folder(home), loaded, revision=revision)
         rows = match_tasks(data, rows, snapshot.tasks, unknown_as_oos=unknown_as_oos)
         with progress_bars() as progress:
             evaluation = evaluate_routing(
@@ -135,7 +138,6 @@ def answers(
     """
     with errors_for_people(as_json):
         from router.bootstrap import load_base_model, load_encoder, log_to_stderr
-        from router.errors import InvalidInputError
         from trainer.evaluate_answers import evaluate_answers
         from trainer.evaluate_routing import decide, embed_texts, load_snapshot
         from trainer.evaluation_reports import answers_report
@@ -182,6 +184,16 @@ def stream(
             help="The order of the tasks: a JSON list, or one a line. Default: by name.",
         ),
     ] = None,
+    orders: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=100,
+            metavar="N",
+            help="Evaluate N random orders, the same on every run. Needs --no-prompt: a prompt "
+            "does not depend on the order.",
+        ),
+    ] = None,
     oos_label: OosLabel = "oos",
     unknown_as_oos: UnknownAsOos = False,
     test_rows_per_task: RowsPerTask = None,
@@ -208,11 +220,16 @@ def stream(
     with errors_for_people(as_json):
         from router.bootstrap import load_base_model, load_encoder
         from trainer.commands import PolicyChange
+        from trainer.evaluate_orders import evaluate_orders
         from trainer.evaluate_stream import StreamFiles, evaluate_stream, read_stream
-        from trainer.evaluation_reports import stream_report
+        from trainer.evaluation_reports import orders_report, stream_report
         from trainer.evaluation_rows import EvaluationFields
         from trainer.tuning import TuningSettings
 
+        if orders is not None and (order is not None or not no_prompt):
+            other = "--order" if order is not None else "prompts"
+            remedy = "leave out one of the two" if order is not None else "add --no-prompt"
+            raise InvalidInputError("--orders", f"{orders}, and {other}", remedy)
         make_folder(report)
         fields = EvaluationFields(
             text_field, task_field, None if no_prompt else output_field, instruction_field
@@ -225,18 +242,24 @@ def stream(
             tempfile.TemporaryDirectory(prefix="promptyard-stream-") as scratch,
             progress_bars() as progress,
         ):
-            evaluation = evaluate_stream(
-                tasks,
-                Path(scratch),
-                load_encoder(encoder),
-                None if no_prompt else load_base_model(base_model),
-                TuningSettings() if steps is None else TuningSettings(steps=steps),
-                PolicyChange(head=head),
-                max_output_tokens,
-                progress,
-            )
-        source = train.name if train == test else f"{train.name} and {test.name}"
-        _deliver(stream_report(evaluation, source), report, as_json, with_text)
+            loaded, change = load_encoder(encoder), PolicyChange(head=head)
+            source = train.name if train == test else f"{train.name} and {test.name}"
+            if orders is not None:
+                found = evaluate_orders(tasks, orders, Path(scratch), loaded, change, progress)
+                written = orders_report(found, source)
+            else:
+                evaluation = evaluate_stream(
+                    tasks,
+                    Path(scratch),
+                    loaded,
+                    None if no_prompt else load_base_model(base_model),
+                    TuningSettings() if steps is None else TuningSettings(steps=steps),
+                    change,
+                    max_output_tokens,
+                    progress,
+                )
+                written = stream_report(evaluation, source)
+        _deliver(written, report, as_json, with_text)
 
 
 def make_folder(folder: Path | None) -> None:

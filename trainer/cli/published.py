@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from trainer.cli.console import out, print_json
+from trainer.cli.console import fail, out, print_json, print_table
 
 if TYPE_CHECKING:
     from router.tasks import TaskRecord
+    from trainer.admission import SuspectInput
+    from trainer.gate import GateReport
     from trainer.workshop import Published
 
 
 def print_published(published: Published, as_json: bool) -> None:
     """Print the revision and what the publish did to routing."""
     if as_json:
-        print_json({"revision": published.revision, "report": published.report})
+        gate = published.gate.document() if published.gate else None
+        print_json({"revision": published.revision, "report": published.report, "gate": gate})
         return
     out.print(f"published catalog revision {published.revision}")
     print_effect(published)
+    if published.gate is not None:
+        print_gate(published.gate)
+
+
+def publish_or_refuse(publish: Callable[[], Published], as_json: bool) -> None:
+    """Publish and print what that did; where the gate refuses, print why and leave."""
+    from trainer.gate import InterferenceError
+
+    try:
+        published = publish()
+    except InterferenceError as error:
+        if not as_json:
+            print_gate(error.report)
+        fail(error, as_json)
+    print_published(published, as_json)
 
 
 def print_effect(published: Published) -> None:
@@ -53,3 +72,26 @@ def summary(record: TaskRecord) -> dict[str, object]:
         "prompt": asdict(record.prompt) if record.prompt else None,
         "created_at": record.created_at,
     }
+
+
+def print_gate(gate: GateReport, suspects: Sequence[SuspectInput] = ()) -> None:
+    """What the new tasks do to the old ones, and which of their rows look wrong."""
+    if gate.accuracy_before is not None and gate.accuracy_after is not None:
+        out.print(
+            "right on the held-out rows of old tasks: "
+            f"{gate.accuracy_before:.1%} before, {gate.accuracy_after:.1%} with the new one"
+        )
+    if gate.taken:
+        print_table(
+            ["task", "taken by", "rows", "share"],
+            [[t.task, t.by, f"{t.taken} of {t.rows}", f"{t.share:.1%}"] for t in gate.taken[:10]],
+            title="held-out rows of a task that go to a new one",
+        )
+    for new, old in gate.near_duplicates:
+        out.print(f"{new} is nearly the same as {old}: a fifth of their rows or more is mixed up")
+    if suspects:
+        print_table(
+            ["new task", "input", "goes to"],
+            [[s.task, s.input, s.decided or "none (outlier?)"] for s in suspects[:10]],
+            title=f"{len(suspects)} new rows that go elsewhere: mislabelled, or unlike the others?",
+        )

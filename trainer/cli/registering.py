@@ -16,25 +16,24 @@ from trainer.cli.console import (
     AsJson,
     BaseModel,
     EncoderName,
+    GateLimit,
     Home,
     error_fields,
     errors_for_people,
     exit_code,
     home_folder,
-    out,
     print_error,
     print_json,
     print_table,
     progress_bars,
 )
-from trainer.cli.published import print_effect, summary
+from trainer.cli.published import print_effect, print_gate, summary
 from trainer.commands import Initialisation
 
 if TYPE_CHECKING:
     from router.tasks import TaskRecord
-    from trainer.admission import Registered, SuspectInput
+    from trainer.admission import Registered
     from trainer.commands import PolicyChange, RegisterTask
-    from trainer.gate import GateReport
 
 TaskName = Annotated[str, typer.Argument(metavar="NAME", help="The task's name.")]
 
@@ -102,14 +101,7 @@ def register(
             help="Publish a prompt that beats no baseline, or a task that takes too much of others",
         ),
     ] = "",
-    gate_limit: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            max=1,
-            help="Share of an old task's held-out rows that a new one may take. Default: 0.05.",
-        ),
-    ] = None,
+    gate_limit: GateLimit = None,
     steps: Annotated[int | None, typer.Option(help="Tuning steps at most.")] = None,
     method: Annotated[
         PromptMethod | None,
@@ -273,34 +265,11 @@ def _print_registered(result: Registered, as_json: bool) -> None:
             )
             print_effect(result.published)
         if gate is not None:
-            _print_gate(gate, result.suspects)
+            print_gate(gate, result.suspects)
         for name, error in failures.items():
             print_error(f"{name} was not registered", error)
     if failures:
         raise typer.Exit(max(exit_code(error) for error in failures.values()))
-
-
-def _print_gate(gate: GateReport, suspects: Sequence[SuspectInput]) -> None:
-    """What the new tasks do to the old ones, and which of their rows look wrong."""
-    if gate.accuracy_before is not None and gate.accuracy_after is not None:
-        out.print(
-            "right on the held-out rows of old tasks: "
-            f"{gate.accuracy_before:.1%} before, {gate.accuracy_after:.1%} with the new one"
-        )
-    if gate.taken:
-        print_table(
-            ["old task", "taken by", "rows", "share"],
-            [[t.task, t.by, f"{t.taken} of {t.rows}", f"{t.share:.1%}"] for t in gate.taken[:10]],
-            title="held-out rows of old tasks that go to the new one",
-        )
-    for new, old in gate.near_duplicates:
-        out.print(f"{new} is nearly the same as {old}: a fifth of their rows or more is mixed up")
-    if suspects:
-        print_table(
-            ["new task", "input", "goes to"],
-            [[s.task, s.input, s.decided or "none (outlier?)"] for s in suspects[:10]],
-            title=f"{len(suspects)} new rows that go elsewhere: mislabelled, or unlike the others?",
-        )
 
 
 def _scores(record: TaskRecord) -> list[object]:

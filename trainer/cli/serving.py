@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from router.errors import InvalidInputError
 from router.settings import (
     DEFAULT_BASE_MODEL,
     DEFAULT_ENCODER,
     DEFAULT_LISTEN,
     ServerSettings,
 )
+from trainer.cli.asking import ServerAt, in_process, remote, server_at
 from trainer.cli.console import (
     AccessToken,
     AsJson,
@@ -30,7 +27,6 @@ from trainer.cli.console import (
     TlsKey,
     UseTls,
     errors_for_people,
-    fail_of_server,
     home_folder,
     out,
     print_json,
@@ -39,15 +35,23 @@ from trainer.cli.console import (
 
 if TYPE_CHECKING:
     from router.answer import AnswerEvent
-    from router.client import ClientTls, RouterClient
     from router.decision import Decision
+    from router.explanation import Explanation
+    from router.rejection import RejectionPolicy
     from router.routing import Router
-
-Result = TypeVar("Result")
 
 _SHOWN_CHARACTERS = 60
 
 Texts = Annotated[list[str], typer.Argument(metavar="TEXT...", help="One or more texts.")]
+
+OnUnknown = Annotated[
+    str | None,
+    typer.Option(
+        metavar="POLICY",
+        help="Task that is used for a text that fits none: abstain (none), best (the best-scoring "
+        "one) or fallback:TASK. Default: as the catalog says, see `promptyard policy show`.",
+    ),
+]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -60,6 +64,14 @@ def add_to(app: typer.Typer) -> None:
 def route(
     texts: Texts,
     top_k: Annotated[int, typer.Option(min=0, max=100, help="Candidates to list.")] = 0,
+    on_unknown: OnUnknown = None,
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain",
+            help="Say why: the terms of the scores, and the closest stored rows of each task.",
+        ),
+    ] = False,
     server: Server = None,
     token: AccessToken = "",
     tls: UseTls = False,
@@ -72,16 +84,19 @@ def route(
 ) -> None:
     """Say which task each text belongs to, or that none fits."""
     with errors_for_people(as_json):
-        if server is not None:
-            decisions = _remote(
-                _server_at(server, token, tls, tls_ca, tls_cert, tls_key),
-                as_json,
-                lambda client: client.batch_route(texts, top_k),
+        policy = _policy(on_unknown)
+        at = None if server is None else server_at(server, token, tls, tls_ca, tls_cert, tls_key)
+        settings = ServerSettings(home=home_folder(home), encoder=encoder, base_model=None)
+        if explain:
+            _explain(texts, top_k, policy, at, settings, as_json)
+            return
+        if at is not None:
+            decisions = remote(
+                at, as_json, lambda client: client.batch_route(texts, top_k, on_unknown=policy)
             )
         else:
-            decisions = _in_process(
-                ServerSettings(home=home_folder(home), encoder=encoder, base_model=None),
-                lambda router: router.route_batch(texts, top_k),
+            decisions = in_process(
+                settings, lambda router: router.route_batch(texts, top_k, policy)
             )
         if as_json:
             print_json(
@@ -89,9 +104,13 @@ def route(
             )
             return
         print_table(
-            ["input", "outcome", "task", "score", "margin", "threshold"],
+            ["input", "outcome", "task", "probability", "score", "margin", "threshold"],
             [
-                [_short(text), d.outcome.value, d.task or "-", d.score, d.margin, d.threshold]
+                [
+                    *(_short(text), d.outcome.value, _used(d)),
+                    *("-" if d.probability is None else f"{d.probability:.3f}", d.score),
+                    *(d.margin, d.threshold),
+                ]
                 for text, d in zip(texts, decisions, strict=True)
             ],
             title=f"catalog revision {decisions[0].revision}",
@@ -105,6 +124,40 @@ def route(
                 )
 
 
+def _explain(
+    texts: Sequence[str],
+    top_k: int,
+    policy: RejectionPolicy | None,
+    server: ServerAt | None,
+    settings: ServerSettings,
+    as_json: bool,
+) -> None:
+    from trainer.cli.explained import explanation_fields, print_explanation
+
+    if server is not None:
+        explained = remote(
+            server,
+            as_json,
+            lambda client: [client.explain(text, top_k, on_unknown=policy) for text in texts],
+        )
+    else:
+
+        async def explain_all(router: Router) -> list[tuple[Decision, Explanation]]:
+            return [await router.explain(text, top_k, policy) for text in texts]
+
+        explained = in_process(settings, explain_all)
+    if as_json:
+        print_json(
+            [
+                {**_decision_fields(text, decision), "explanation": explanation_fields(why)}
+                for text, (decision, why) in zip(texts, explained, strict=True)
+            ]
+        )
+        return
+    for text, (_, why) in zip(texts, explained, strict=True):
+        print_explanation(_short(text), why)
+
+
 def generate(
     texts: Texts,
     task: Annotated[str, typer.Option(help="Skip routing: answer under this task.")] = "",
@@ -112,6 +165,7 @@ def generate(
         list[str] | None, typer.Option(help="A retrieved passage to answer from; repeatable.")
     ] = None,
     max_output_tokens: Annotated[int, typer.Option(help="0: the default.")] = 0,
+    on_unknown: OnUnknown = None,
     server: Server = None,
     token: AccessToken = "",
     tls: UseTls = False,
@@ -126,14 +180,19 @@ def generate(
     """Route each text and answer it with the base model under the task's soft prompt."""
     with errors_for_people(as_json):
         passages = context or []
+        policy = _policy(on_unknown)
         if server is not None:
-            answers = _remote(
-                _server_at(server, token, tls, tls_ca, tls_cert, tls_key),
+            answers = remote(
+                server_at(server, token, tls, tls_ca, tls_cert, tls_key),
                 as_json,
                 lambda client: [
                     list(
                         client.generate(
-                            text, task=task, context=passages, max_output_tokens=max_output_tokens
+                            text,
+                            task=task,
+                            context=passages,
+                            max_output_tokens=max_output_tokens,
+                            on_unknown=policy,
                         )
                     )
                     for text in texts
@@ -146,13 +205,17 @@ def generate(
                     [
                         event
                         async for event in router.generate(
-                            text, task=task, context=passages, max_output_tokens=max_output_tokens
+                            text,
+                            task=task,
+                            context=passages,
+                            max_output_tokens=max_output_tokens,
+                            on_unknown=policy,
                         )
                     ]
                     for text in texts
                 ]
 
-            answers = _in_process(
+            answers = in_process(
                 ServerSettings(home=home_folder(home), encoder=encoder, base_model=base_model),
                 answer_all,
             )
@@ -161,9 +224,12 @@ def generate(
             print_json(rows)
             return
         print_table(
-            ["input", "outcome", "task", "answer", "finish"],
+            ["input", "outcome", "task used", "answer", "finish"],
             [
-                [_short(str(r["text"])), r["outcome"], r["task"] or "-", r["answer"], r["finish"]]
+                [
+                    *(_short(str(r["text"])), r["outcome"], r["used_task"] or "-"),
+                    *(r["answer"], r["finish"]),
+                ]
                 for r in rows
             ],
         )
@@ -183,8 +249,8 @@ def status(
         from google.protobuf.json_format import MessageToDict
 
         document = MessageToDict(
-            _remote(
-                _server_at(server, token, tls, tls_ca, tls_cert, tls_key),
+            remote(
+                server_at(server, token, tls, tls_ca, tls_cert, tls_key),
                 as_json,
                 lambda client: client.status(),
             ),
@@ -196,63 +262,16 @@ def status(
             out.print_json(data=document)
 
 
-@dataclass(frozen=True, slots=True)
-class _ServerAt:
-    """Where a server is, and how to be let in."""
-
-    address: str
-    token: str
-    tls: ClientTls | None
-
-
-def _server_at(
-    address: str, token: str, tls: bool, ca: Path | None, cert: Path | None, key: Path | None
-) -> _ServerAt:
-    from router.client import ClientTls
-
-    if (cert is None) != (key is None):
-        raise InvalidInputError(
-            "--tls-key" if key is None else "--tls-cert",
-            "missing",
-            "give a certificate and its key",
-        )
-    wanted = tls or ca is not None or cert is not None
-    return _ServerAt(address, token, ClientTls(ca, cert, key) if wanted else None)
-
-
-def _remote(server: _ServerAt, as_json: bool, ask: Callable[[RouterClient], Result]) -> Result:
-    """Ask a server; its errors end the command as those of this process do."""
-    from router.client import RouterClient, RouterError
-
-    try:
-        with RouterClient(server.address, token=server.token, tls=server.tls) as client:
-            return ask(client)
-    except RouterError as error:
-        fail_of_server(server.address, error, as_json)
-
-
-def _in_process(settings: ServerSettings, ask: Callable[[Router], Awaitable[Result]]) -> Result:
-    """Ask a router in this process."""
-    from router.bootstrap import log_to_stderr, open_router
-    from router.catalog import CatalogReader
-
-    log_to_stderr("warning")
-    # A server may start before its first task; a question needs a catalog.
-    CatalogReader(settings.home).close()
-
-    async def run() -> Result:
-        with open_router(settings) as router:
-            return await ask(router)
-
-    return asyncio.run(run())
-
-
 def _decision_fields(text: str, decision: Decision) -> dict[str, object]:
     return {
         "text": text,
         "outcome": decision.outcome.value,
         "task": decision.task.name if decision.task else None,
         "task_revision": decision.task.revision if decision.task else None,
+        "used_task": decision.used.name if decision.used else None,
+        "used_task_revision": decision.used.revision if decision.used else None,
+        "use": decision.use.value,
+        "probability": decision.probability,
         "score": _finite(decision.score),
         "margin": _finite(decision.margin),
         "threshold": _finite(decision.threshold),
@@ -282,6 +301,22 @@ def _answer_fields(text: str, events: Sequence[AnswerEvent]) -> dict[str, object
             "truncated": summaries[0].truncated,
         },
     }
+
+
+def _policy(text: str | None) -> RejectionPolicy | None:
+    from router.rejection import RejectionPolicy
+
+    return None if text is None else RejectionPolicy.parse(text, "--on-unknown")
+
+
+def _used(decision: Decision) -> str:
+    """The task that is used, and why where that does not follow from the outcome."""
+    from router.decision import USE_WITHOUT_POLICY
+
+    task = str(decision.used or "-")
+    if decision.use is USE_WITHOUT_POLICY[decision.outcome]:
+        return task
+    return f"{task} ({decision.use.value.replace('_', ' ')})"
 
 
 def _finite(value: float) -> float | None:

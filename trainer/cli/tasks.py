@@ -14,20 +14,26 @@ from router.settings import DEFAULT_ENCODER
 from trainer.cli.console import (
     AsJson,
     EncoderName,
+    GateLimit,
     Home,
+    err,
     errors_for_people,
     home_folder,
     out,
     print_json,
     print_table,
 )
-from trainer.cli.published import print_published, summary
+from trainer.cli.published import print_published, publish_or_refuse, summary
 
 if TYPE_CHECKING:
     from router.tasks import TaskRecord
     from trainer.workshop import Workshop
 
 TaskName = Annotated[str, typer.Argument(metavar="NAME", help="The task's name.")]
+Force = Annotated[
+    str,
+    typer.Option(metavar="REASON", help="Let it take too much of others; the reason is recorded."),
+]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -91,10 +97,22 @@ def show(
     revision: Annotated[
         int | None, typer.Option(help="A revision of the task. Default: the live one.")
     ] = None,
+    row: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Show this stored row instead, as --explain numbers them; needs --data."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="The file that the task was registered from: no text is stored."),
+    ] = None,
+    input_field: Annotated[str, typer.Option(help="Name of the column with inputs.")] = "input",
+    output_field: Annotated[str, typer.Option(help="Name of the column with outputs.")] = "output",
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show everything that the catalog knows of a task."""
+    """Show everything that the catalog knows of a task, or the text of one of its rows."""
     with errors_for_people(as_json):
         from router.catalog import CatalogReader
         from trainer.cli.chosen_task import chosen_record
@@ -104,6 +122,9 @@ def show(
             history = catalog.history(name)
             live = history[-1][1]
             head = catalog.revision(catalog.newest_revision())
+        if row is not None or data is not None:
+            _show_row(record, row, data, input_field, output_field, as_json)
+            return
         document = {
             **asdict(record),
             "sha256": record.sha256,
@@ -125,24 +146,36 @@ def retire(
 ) -> None:
     """Take a task out of routing. Its records and files stay; `restore` brings it back."""
     with errors_for_people(as_json):
+        from router.rejection import RejectionPolicy
         from trainer import lifecycle
 
-        with _workshop(home, encoder) as workshop:
-            print_published(lifecycle.retire(workshop, name), as_json)
+        with open_workshop(home, encoder) as workshop:
+            published = lifecycle.retire(workshop, name)
+            print_published(published, as_json)
+            if RejectionPolicy.parse(workshop.policy().on_unknown).fallback_task == name:
+                err.print(
+                    f"{name} is what the catalog's policy falls back to: no task is used for an "
+                    "unknown input any more; see `promptyard policy set --on-unknown`",
+                    markup=False,
+                    highlight=False,
+                )
 
 
 def restore(
     name: TaskName,
+    gate_limit: GateLimit = None,
+    force: Force = "",
     home: Home = None,
     encoder: EncoderName = DEFAULT_ENCODER,
     as_json: AsJson = False,
 ) -> None:
-    """Bring a retired task back."""
+    """Bring a retired task back. It passes the gate as a new task does."""
     with errors_for_people(as_json):
         from trainer import lifecycle
 
-        with _workshop(home, encoder) as workshop:
-            print_published(lifecycle.restore(workshop, name), as_json)
+        with open_workshop(home, encoder) as workshop:
+            limit = gate_share(gate_limit)
+            publish_or_refuse(lambda: lifecycle.restore(workshop, name, limit, force), as_json)
 
 
 def rollback(
@@ -150,20 +183,25 @@ def rollback(
     to: Annotated[
         int | None, typer.Option(help="The revision to go back to. Default: the one before.")
     ] = None,
+    gate_limit: GateLimit = None,
+    force: Force = "",
     home: Home = None,
     encoder: EncoderName = DEFAULT_ENCODER,
     as_json: AsJson = False,
 ) -> None:
-    """Make an older revision of a task live again."""
+    """Make an older revision of a task live again. It passes the gate as a new task does."""
     with errors_for_people(as_json):
         from trainer import lifecycle
 
-        with _workshop(home, encoder) as workshop:
-            print_published(lifecycle.rollback(workshop, name, to), as_json)
+        with open_workshop(home, encoder) as workshop:
+            publish_or_refuse(
+                lambda: lifecycle.rollback(workshop, name, to, gate_share(gate_limit), force),
+                as_json,
+            )
 
 
 @contextmanager
-def _workshop(home: Path | None, encoder: str) -> Iterator[Workshop]:
+def open_workshop(home: Path | None, encoder: str) -> Iterator[Workshop]:
     """The workshop of a catalog that exists."""
     from router.bootstrap import load_encoder
     from router.catalog import CatalogReader
@@ -174,6 +212,48 @@ def _workshop(home: Path | None, encoder: str) -> Iterator[Workshop]:
     CatalogReader(folder).close()
     with Workshop(folder, load_encoder(encoder)) as workshop, one_blas_thread():
         yield workshop
+
+
+def gate_share(limit: float | None) -> float:
+    """The limit of the gate that was asked for, or the default."""
+    from trainer.gate import DEFAULT_GATE_LIMIT
+
+    return DEFAULT_GATE_LIMIT if limit is None else limit
+
+
+def _show_row(
+    record: TaskRecord,
+    row: int | None,
+    data: Path | None,
+    input_field: str,
+    output_field: str,
+    as_json: bool,
+) -> None:
+    """Find a stored row in the file that it came from."""
+    from router.errors import InvalidInputError
+    from trainer.data import Fields, read_labelled
+
+    if row is None or data is None:
+        missing = "--row" if row is None else "--data"
+        raise InvalidInputError(missing, "missing", "give a row's number and the task's file")
+    file = read_labelled(
+        data,
+        Fields(input_field, output_field),
+        with_output=record.prompt is not None,
+        drop_duplicates=True,
+        min_rows=1,
+    )
+    if file.sha256 != record.data.sha256:
+        raise InvalidInputError(
+            "--data", data, f"give the file that {record.key} was registered from, unchanged"
+        )
+    if row >= len(file.examples):
+        raise InvalidInputError("--row", row, f"give 0 to {len(file.examples) - 1}")
+    example = file.examples[row]
+    if as_json:
+        print_json({"row": row, "input": example.input, "output": example.output})
+    else:
+        out.print(example.input, markup=False, highlight=False, soft_wrap=True)
 
 
 def _outputs(record: TaskRecord) -> str:
