@@ -23,7 +23,7 @@ from tests.catalogs import (
 from trainer.commands import PolicyChange, RegisterTask
 from trainer.lifecycle import restore, retire, rollback
 from trainer.register import register
-from trainer.tuning import TuningSettings
+from trainer.tuning_settings import TuningSettings
 from trainer.workshop import Workshop
 
 Step = Callable[[Workshop, Path], object]

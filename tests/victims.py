@@ -28,7 +28,7 @@ from tests.forks import report
 from trainer.commands import RegisterTask
 from trainer.data import read_labelled
 from trainer.register import register
-from trainer.tuning import TuningSettings
+from trainer.tuning_settings import TuningSettings
 
 
 def register_tasks(home: str, prefix: str, count: int, point: str = "", passage: int = 1) -> None:

@@ -14,6 +14,8 @@ Initialisation = Literal["best", "nearest", "examples", "text", "vocabulary", "r
 Reparametrisation = Literal["none", "residual"]
 # How the learning rate goes on after its rise.
 Schedule = Literal["cosine", "linear", "constant"]
+# Whether a prompt is tuned once more, with the validation rows as examples.
+Refit = Literal["auto", "never"]
 GradientPrecision = Literal["auto", "float32", "bfloat16"]
 
 

@@ -44,7 +44,7 @@ from trainer.demo_result import (
 from trainer.manifest import read_manifest
 from trainer.prompt_quality import same_text
 from trainer.register import Progress, register
-from trainer.tuning import TuningSettings
+from trainer.tuning_settings import TuningSettings
 from trainer.workshop import Workshop
 
 EXAMPLES = Path(__file__).parent / "examples"

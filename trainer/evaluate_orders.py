@@ -17,7 +17,7 @@ from trainer.commands import PolicyChange
 from trainer.evaluate_stream import Stream, StreamEvaluation, evaluate_stream
 from trainer.metrics import Spread
 from trainer.register import Progress
-from trainer.tuning import TuningSettings
+from trainer.tuning_settings import TuningSettings
 
 _SEED = 0
 _MOST_CACHE_BYTES = 1 << 29

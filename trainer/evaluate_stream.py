@@ -54,7 +54,7 @@ from trainer.register import (
     Progress,
     register,
 )
-from trainer.tuning import TuningSettings
+from trainer.tuning_settings import TuningSettings
 from trainer.workshop import Published, Workshop
 
 _FORCED = "evaluation of a stream: every task arrives, whatever its prompt is worth"

@@ -13,7 +13,7 @@ from router.interfaces import LanguageModel
 from trainer.peft_exchange import read_peft
 from trainer.prompt_quality import Trial, baseline_scores, measure
 from trainer.tuned_prompt import TunedPrompt
-from trainer.tuning import TuningJob
+from trainer.tuning_settings import TuningJob
 
 
 def import_prompt(model: LanguageModel, job: TuningJob, folder: Path) -> TunedPrompt:

@@ -31,7 +31,8 @@ from trainer.initialisation import Start
 from trainer.nearest_prompts import nearest_prompts
 from trainer.prompt_import import import_prompt
 from trainer.tuned_prompt import TunedPrompt, TuningFailure, training_curve
-from trainer.tuning import TuningJob, TuningSettings, tune
+from trainer.tuning import tune
+from trainer.tuning_settings import TuningJob, TuningSettings
 from trainer.workshop import Published, Workshop
 
 MIN_ROWS_FOR_ROUTING = 2

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 
 from router.errors import InvalidInputError
-from trainer.tuning import TuningSettings
+from trainer.tuning_settings import TuningSettings
 
 # What suits prefixes where the defaults are chosen for prompts.
 _OF_METHOD: Mapping[str, Mapping[str, float]] = {"prefix": {"learning_rate": 0.03}}

@@ -34,7 +34,9 @@ from router.backends.language_model import load_language_model
 from router.backends.rows import Row
 from router.backends.torch_model import TorchLanguageModel
 from trainer.prompt_quality import LabelledRow, Quality, Trial, majority_score, measure
-from trainer.tuning import TunedPrompt, TuningJob, TuningSettings, tune
+from trainer.tuned_prompt import TunedPrompt
+from trainer.tuning import tune
+from trainer.tuning_settings import TuningJob, TuningSettings
 
 DATA_VARIABLE = "PROMPTYARD_BENCH_DATA"
 DATA_FILE = Path("cl") / "cl15.jsonl.gz"

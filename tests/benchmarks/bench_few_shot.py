@@ -34,7 +34,9 @@ from trainer.commands import Initialisation
 from trainer.data import closed_outputs, read_labelled
 from trainer.manifest import read_manifest
 from trainer.prompt_quality import LabelledRow, Trial, measure
-from trainer.tuning import TunedPrompt, TuningJob, TuningSettings, tune
+from trainer.tuned_prompt import TunedPrompt
+from trainer.tuning import tune
+from trainer.tuning_settings import TuningJob, TuningSettings
 
 DATA_VARIABLE = "PROMPTYARD_BENCH_DATA"
 EXAMPLES = Path(__file__).parents[2] / "trainer" / "examples"

@@ -26,7 +26,7 @@ from router.client import RouterClient
 from trainer.commands import RegisterTask
 from trainer.demo import EXAMPLES, running_server
 from trainer.register import register
-from trainer.tuning import TuningSettings
+from trainer.tuning_settings import TuningSettings
 from trainer.workshop import Workshop
 
 ROUNDS = 5

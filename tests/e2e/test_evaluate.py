@@ -20,7 +20,7 @@ from trainer.cli import app
 from trainer.data import Fields, read_labelled
 from trainer.evaluate_stream import StreamEvaluation, StreamFiles, evaluate_stream, read_stream
 from trainer.evaluation_rows import EvaluationFields
-from trainer.tuning import TuningSettings
+from trainer.tuning_settings import TuningSettings
 
 TRAIN = {
     "weather": [

@@ -12,7 +12,7 @@ from tests.catalogs import new_workshop, texts_of, write_rows
 from tests.unit.small_models import save_small_model
 from trainer.commands import RegisterTask
 from trainer.register import register
-from trainer.tuning import TuningSettings
+from trainer.tuning_settings import TuningSettings
 
 TASKS: dict[str, PromptMethod] = {"weather": "prompt", "sport": "prompt", "story": "prefix"}
 TOKENS = 5

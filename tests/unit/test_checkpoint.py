@@ -24,7 +24,8 @@ from tests.unit.small_models import save_small_model
 from trainer.checkpoint import Checkpoints, State
 from trainer.cli import app
 from trainer.tuned_prompt import TunedPrompt
-from trainer.tuning import TuningJob, TuningSettings, tune
+from trainer.tuning import tune
+from trainer.tuning_settings import TuningJob, TuningSettings
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,12 @@ def test_another_tuning_starts_anew(
 ) -> None:
     tuned_until(model, tmp_path, SETTINGS, 2)
     said: list[int] = []
-    tune(model, jobs, settings, lambda *step: said.append(step[2]), Checkpoints(tmp_path, 99))
+
+    def progress(_: str, stage: str, done: int, __: int) -> None:
+        if stage == "tune":
+            said.append(done)
+
+    tune(model, jobs, settings, progress, Checkpoints(tmp_path, 99))
     assert said == list(range(1, settings.steps + 1))
     assert len(list(tmp_path.iterdir())) == 1  # that of the other one
 

@@ -19,7 +19,7 @@ from trainer.example_prompt import (
     mean_states,
 )
 from trainer.initialisation import initial_prompt
-from trainer.tuning import TuningJob
+from trainer.tuning_settings import TuningJob
 
 ROWS = [
     ("a good film", "positive"),

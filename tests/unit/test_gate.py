@@ -24,7 +24,7 @@ from tests.catalogs import (
 from trainer.commands import RegisterTask
 from trainer.gate import GateReport, InterferenceError, Taken, check, measure
 from trainer.register import register
-from trainer.tuning import TuningSettings
+from trainer.tuning_settings import TuningSettings
 from trainer.workshop import Workshop
 
 A, B, NEW = TaskKey("a", 1), TaskKey("b", 1), TaskKey("new", 1)

@@ -19,7 +19,7 @@ from trainer.initialisation import Start, choose_start, initial_prompt
 from trainer.nearest_prompts import nearest_prompts, nearest_tasks
 from trainer.prompt_quality import Trial, measure
 from trainer.register import register
-from trainer.tuning import TuningJob, TuningSettings
+from trainer.tuning_settings import TuningJob, TuningSettings
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ from trainer.commands import RegisterTask
 from trainer.manifest import read_manifest
 from trainer.peft_exchange import OWN_FILE, PEFT_CONFIG, PEFT_WEIGHTS, read_peft, write_peft
 from trainer.register import register
-from trainer.tuning import TuningSettings
+from trainer.tuning_settings import TuningSettings
 
 # PEFT's own way with transformers, not ours to mend.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is dep:FutureWarning")

@@ -45,7 +45,7 @@ from trainer.commands import PolicyChange, RegisterTask
 from trainer.data import read_labelled
 from trainer.register import check_prompt, register
 from trainer.tuned_prompt import TunedPrompt, TuningFailure
-from trainer.tuning import TuningSettings
+from trainer.tuning_settings import TuningSettings
 from trainer.workshop import Workshop
 
 LIGHTS = [

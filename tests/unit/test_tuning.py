@@ -25,8 +25,9 @@ from tests.unit.small_models import KINDS, save_small_model
 from trainer.prompt_parameters import PromptParameters
 from trainer.prompt_quality import Quality, Trial, majority_score, measure, same_text
 from trainer.tuned_prompt import TunedPrompt, TuningFailure
-from trainer.tuning import TuningJob, TuningSettings, tune
+from trainer.tuning import tune
 from trainer.tuning_options import tuning_settings
+from trainer.tuning_settings import TuningJob, TuningSettings
 
 WORDS = ("fox", "dog", "river", "book", "film", "end", "start")
 SENTIMENT = TuningJob(
@@ -59,7 +60,13 @@ COPY = TuningJob(
     tuple((f"a {word}", word) for word in WORDS[:3]),
 )
 QUICK = TuningSettings(
-    length=6, learning_rate=0.1, steps=20, rows_per_step=8, validations=4, patience=99
+    length=6,
+    learning_rate=0.1,
+    steps=20,
+    rows_per_step=8,
+    validations=4,
+    patience=99,
+    refit="never",
 )
 EMBEDDED_BASE = Path(__file__).parents[2] / "router" / "models" / "base"
 
@@ -165,6 +172,31 @@ def test_a_tuned_prompt_serves_as_it_was_measured(model: TorchLanguageModel) -> 
         answer == output for answer, (_, output) in zip(answers, SENTIMENT.validation, strict=True)
     ]
     assert float(np.mean(right)) == result.scores["prompt"]
+
+
+def test_a_prompt_of_few_rows_is_tuned_once_more_on_the_validation_rows_too(
+    model: TorchLanguageModel,
+) -> None:
+    once = tuned(model, [SENTIMENT])["sentiment"]
+    twice = tuned(model, [SENTIMENT], replace(QUICK, refit="auto"))["sentiment"]
+    assert twice.scores == once.scores
+    assert twice.validations == once.validations
+    everything = replace(SENTIMENT, train=(*SENTIMENT.train, *SENTIMENT.validation))
+
+    def loss(prompt: np.ndarray) -> float:
+        trial = Trial(torch.tensor(prompt), SENTIMENT.labels, everything.train)
+        return -measure(model, [trial])[0].minus_loss
+
+    start = tuned(model, [everything], replace(QUICK, steps=1, learning_rate=1e-9))["sentiment"]
+    assert loss(twice.values) < loss(start.values)
+    assert not np.array_equal(twice.values, once.values)
+
+
+def test_a_prompt_of_many_rows_is_tuned_once(model: TorchLanguageModel) -> None:
+    settings = replace(QUICK, steps=2, rows_per_step=len(SENTIMENT.train) // 2)
+    once = tuned(model, [SENTIMENT], settings)["sentiment"]
+    still_once = tuned(model, [SENTIMENT], replace(settings, refit="auto"))["sentiment"]
+    np.testing.assert_array_equal(still_once.values, once.values)
 
 
 class Float32Model(Seq2SeqLanguageModel):

@@ -224,7 +224,7 @@ def stream(
         from trainer.evaluate_stream import StreamFiles, evaluate_stream, read_stream
         from trainer.evaluation_reports import orders_report, stream_report
         from trainer.evaluation_rows import EvaluationFields
-        from trainer.tuning import TuningSettings
+        from trainer.tuning_settings import TuningSettings
 
         if orders is not None and (order is not None or not no_prompt):
             other = "--order" if order is not None else "prompts"

@@ -1,0 +1,221 @@
+"""One task while its prompt is tuned: its rows, its prompt, and how it goes."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import asdict, astuple, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from router.backends.rows import Row
+from router.backends.torch_model import TorchLanguageModel
+from router.errors import InvalidInputError
+from trainer.gradients import TrainingRow
+from trainer.initialisation import choose_start
+from trainer.prompt_parameters import PromptParameters
+from trainer.prompt_quality import Quality, Trial, baseline_scores
+from trainer.schedule import passes
+from trainer.tuned_prompt import TunedPrompt, TuningFailure, Validation
+from trainer.tuning_settings import TuningJob, TuningSettings
+
+# With more labels, each row is compared with a sample of them: time and memory stay bounded.
+_MAX_OTHER_LABELS = 15
+
+
+class TaskTuning:
+    """The state of one task while it is tuned.
+
+    `refit_steps`: go on for so many steps without looking at the validation rows.
+    """
+
+    def __init__(
+        self,
+        model: TorchLanguageModel,
+        job: TuningJob,
+        settings: TuningSettings,
+        baselines: Mapping[str, float] | None = None,
+        refit_steps: int | None = None,
+    ) -> None:
+        for field, rows in (("train", job.train), ("validation", job.validation)):
+            if not rows:
+                raise InvalidInputError(f"{field} rows of {job.name}", "none", "give some")
+            strangers = {output for _, output in rows if output not in (job.labels or (output,))}
+            if strangers:
+                raise InvalidInputError(
+                    f"{field} rows of {job.name}", min(strangers), "use one of the labels"
+                )
+        self.job = job
+        self.seed = settings.seed
+        self._settings = settings
+        self._method = settings.method
+        self._layers = model.prefix_shape.layers if settings.method == "prefix" else 0
+        self._output_ids = {
+            text: model.tokenize_output(text)
+            for text in (*(job.labels or ()), *(output for _, output in job.train))
+        }
+        longest = max(len(ids) for ids in self._output_ids.values())
+        tokens = model.tokenize_inputs(
+            [text for text, _ in job.train],
+            [settings.length] * len(job.train),
+            [longest] * len(job.train),
+        )
+        self._inputs = [text.ids for text in tokens]
+        # Seeded by its name, so that a task meets the same rows alone and beside others.
+        self._random = random.Random(f"{settings.seed}/{job.name}")
+        self._schedule = passes(len(job.train), settings.rows_per_step, self._random)
+        self._started_from, start = choose_start(
+            model,
+            settings.initialisation,
+            job,
+            settings.length,
+            settings.seed,
+            settings.method,
+            job.starts,
+        )
+        self.parameters = PromptParameters(
+            start, settings.reparametrisation, settings.bottleneck, settings.seed
+        )
+        self.baselines = baselines or baseline_scores(
+            model, job.instruction, job.labels, job.train, job.validation
+        )
+        self._best: tuple[Quality, Tensor] | None = None
+        self._stale = 0
+        self._losses: list[float] = []
+        self._validations: list[Validation] = []
+        self._failed = False
+        self._patience = settings.patience
+        self._refit_steps = refit_steps
+
+    @property
+    def prompt(self) -> Tensor:
+        """The prompt `[P, W]` as it is now."""
+        return self.parameters.prompt
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the task takes part in the next step."""
+        if self._refit_steps is not None:
+            return not self._failed and len(self._losses) < self._refit_steps
+        return not self._failed and self._stale < self._patience
+
+    @property
+    def is_validated(self) -> bool:
+        """Whether the validation rows say how it goes."""
+        return self._refit_steps is None
+
+    def refitted(self, model: TorchLanguageModel) -> TaskTuning | None:
+        """This task from its start again, on all of its rows; None where that is not wanted."""
+        settings, job = self._settings, self.job
+        repeats = settings.steps * settings.rows_per_step > len(job.train)
+        if settings.refit == "never" or not repeats or self._failed or self._best is None:
+            return None
+        best = max(self._validations, key=lambda v: Quality(v.score, -v.loss))
+        everything = replace(job, train=(*job.train, *job.validation))
+        return TaskTuning(model, everything, settings, self.baselines, best.step)
+
+    def trial(self) -> Trial:
+        """The prompt as it is now, on the validation rows."""
+        return Trial(self.prompt.detach(), self.job.labels, self.job.validation, self._method)
+
+    def next_rows(self) -> list[TrainingRow]:
+        """The rows of the next step."""
+        return [
+            TrainingRow(
+                Row(self.prompt, self._inputs[i], self._method),
+                self._candidates(i),
+                weight=1 / self._settings.rows_per_step,
+            )
+            for i in next(self._schedule)
+        ]
+
+    def _candidates(self, i: int) -> list[tuple[int, ...]]:
+        right = self.job.train[i][1]
+        others = [label for label in self.job.labels or () if label != right]
+        if len(others) > _MAX_OTHER_LABELS:
+            others = self._random.sample(others, _MAX_OTHER_LABELS)
+        return [self._output_ids[label] for label in (right, *others)]
+
+    def stepped(self, loss: float) -> None:
+        """Take the mean training loss of a step."""
+        self._losses.append(loss)
+        self._failed = not math.isfinite(loss)
+
+    def validated(self, quality: Quality) -> None:
+        """Keep the prompt as it is now if it is the best so far."""
+        self._validations.append(Validation(len(self._losses), quality.score, -quality.minus_loss))
+        better = self._best is None or quality.clearly_exceeds(self._best[0])
+        if better and math.isfinite(quality.minus_loss):
+            self._best = (quality, self.prompt.detach().clone())
+            self._stale = 0
+        else:
+            self._stale += 1
+
+    def values(self) -> dict[str, Any]:
+        """What has changed since it was made, apart from tensors: see `restore`."""
+        return {
+            "losses": self._losses,
+            "validations": [asdict(validation) for validation in self._validations],
+            "best": None if self._best is None else astuple(self._best[0]),
+            "stale": self._stale,
+            "failed": self._failed,
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that have changed."""
+        best = {} if self._best is None else {"best": self._best[1]}
+        trained = {str(n): weights for n, weights in enumerate(self.parameters.trained)}
+        return {**best, **trained}
+
+    def restore(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Make a new task what the one was that gave `values` and `tensors`."""
+        for _ in values["losses"]:
+            self.next_rows()  # the same draws as then, so that the next ones are the same too
+        self._losses = list(values["losses"])
+        self._validations = [Validation(**validation) for validation in values["validations"]]
+        self._stale, self._failed = values["stale"], values["failed"]
+        if values["best"] is not None:
+            best = tensors["best"].to(self.prompt.device)
+            self._best = (Quality(*values["best"]), best)
+        with torch.no_grad():
+            for number, weights in enumerate(self.parameters.trained):
+                weights.copy_(tensors[str(number)])
+        self.parameters.follow()
+
+    @property
+    def quality(self) -> Quality:
+        """Of the best prompt so far; nothing is worse than that of a task that failed."""
+        if self._failed or self._best is None:
+            return Quality(-math.inf, -math.inf)
+        return self._best[0]
+
+    def result(
+        self, seconds: float, refitted: TaskTuning | None = None
+    ) -> TunedPrompt | TuningFailure:
+        """What became of the task; the prompt is that of `refitted`, where there is one."""
+        if self._failed or self._best is None:
+            return TuningFailure(
+                self.job.name,
+                f"the loss was not finite at step {len(self._losses)}",
+                "lower the learning rate, or look for odd rows",
+            )
+        quality, prompt = self._best
+        if refitted is not None and not refitted._failed:
+            prompt = refitted.prompt.detach()
+        return TunedPrompt(
+            name=self.job.name,
+            values=prompt.cpu().numpy().astype(np.float32),
+            scores={"prompt": quality.score, **self.baselines},
+            validation_loss=-quality.minus_loss,
+            losses=tuple(self._losses),
+            steps=len(self._losses),
+            seconds=seconds,
+            method=self._method,
+            layers=self._layers,
+            settings={**asdict(self._settings), "started_from": self._started_from},
+            validations=tuple(self._validations),
+        )

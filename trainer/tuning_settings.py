@@ -1,0 +1,125 @@
+"""What tuning is told: the settings, and the jobs."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+from router.errors import InvalidInputError
+from router.tasks import PromptMethod
+from trainer.commands import (
+    GradientPrecision,
+    Initialisation,
+    Refit,
+    Reparametrisation,
+    Schedule,
+)
+from trainer.initialisation import Start
+from trainer.prompt_quality import LabelledRow
+
+_CHOICES = {
+    "method": PromptMethod,
+    "initialisation": Initialisation,
+    "schedule": Schedule,
+    "refit": Refit,
+    "reparametrisation": Reparametrisation,
+    "precision": GradientPrecision,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TuningSettings:
+    """How to tune.
+
+    `method` is where the base model reads the prompt: `prompt`, before the input embeddings, or
+    `prefix`, as keys and values of every layer. `length` is P, the virtual tokens.
+    `rows_per_step` are per task; the learning rate rises
+    over `warmup_steps` (at most a tenth of all steps) and falls to zero along a cosine. The
+    validation rows are tried `validations` times, evenly spread; a task stops after `patience` of
+    them in a row without a better result, and its best prompt is kept.
+
+    With few rows, those for validation are worth more as examples: `refit` `auto` tunes the prompt
+    once more on all of them, for as many steps as were best, where the steps go through the
+    training rows more than once. What is reported was measured before that.
+
+    A task is tuned with each of `seeds` seeds from `seed` on, and the best on the validation rows
+    is kept. `schedule` is how the rate falls. `reparametrisation` `residual` tunes P + MLP(P) with
+    that `bottleneck`, and keeps the sum. A task's gradient is cut to the length `clip_norm` (0: it
+    is not), and added up in micro-batches of at most `micro_batch_positions` (0: what suits the
+    device). It is computed in `precision`: `auto` is bfloat16 where the processor multiplies that
+    itself, as GPUs do, and prompts are always kept in float32.
+    """
+
+    length: int = 20
+    learning_rate: float = 0.03
+    steps: int = 60
+    rows_per_step: int = 8
+    warmup_steps: int = 50
+    initialisation: Initialisation = "text"
+    validations: int = 6
+    patience: int = 4
+    refit: Refit = "auto"
+    seed: int = 0
+    method: PromptMethod = "prompt"
+    seeds: int = 1
+    schedule: Schedule = "cosine"
+    reparametrisation: Reparametrisation = "none"
+    bottleneck: int = 64
+    clip_norm: float = 0.0
+    micro_batch_positions: int = 0
+    precision: GradientPrecision = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class TuningJob:
+    """A task to tune a prompt for: rows are (input, output).
+
+    `labels` is the closed set of outputs, or None where the outputs are free text. `starts` are
+    prompts that `nearest` and `best` may start from.
+    """
+
+    name: str
+    instruction: str
+    labels: tuple[str, ...] | None
+    train: Sequence[LabelledRow]
+    validation: Sequence[LabelledRow]
+    starts: tuple[Start, ...] = ()
+
+    @property
+    def identity(self) -> list[object]:
+        """What its result depends on, as values of JSON."""
+        starts = [hashlib.sha256(start.values.tobytes()).hexdigest() for start in self.starts]
+        return [
+            *(self.name, self.instruction, self.labels, starts),
+            *(list(map(list, self.train)), list(map(list, self.validation))),
+        ]
+
+
+def check_tuning(jobs: Sequence[TuningJob], settings: TuningSettings) -> None:
+    """Refuse settings that cannot be used, and two jobs of one name.
+
+    Raises:
+        InvalidInputError: says which.
+    """
+    for field in (
+        *("length", "steps", "rows_per_step", "validations", "patience", "seeds", "bottleneck"),
+    ):
+        if getattr(settings, field) < 1:
+            raise InvalidInputError(field, getattr(settings, field), "give at least 1")
+    if not 0 < settings.learning_rate < math.inf:
+        raise InvalidInputError("learning rate", settings.learning_rate, "give a positive number")
+    for field, choices in _CHOICES.items():
+        if getattr(settings, field) not in get_args(choices):
+            raise InvalidInputError(
+                field, getattr(settings, field), f"choose one of {', '.join(get_args(choices))}"
+            )
+    for field in ("warmup_steps", "clip_norm", "micro_batch_positions"):
+        if not 0 <= getattr(settings, field) < math.inf:
+            raise InvalidInputError(field, getattr(settings, field), "give 0 or more")
+    repeated = [name for name, count in Counter(job.name for job in jobs).items() if count > 1]
+    if repeated:
+        raise InvalidInputError("task name", repeated[0], "name every task once")
