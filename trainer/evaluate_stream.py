@@ -54,6 +54,7 @@ from trainer.register import (
     Progress,
     register,
 )
+from trainer.task_map import TaskMap, task_map
 from trainer.tuning_settings import TuningSettings
 from trainer.workshop import Published, Workshop
 
@@ -125,7 +126,7 @@ class StreamEvaluation:
     share of each task's test rows that are called unknown just before it arrives: 1 is right, as
     they belong to no task yet. It is NaN for the first, and without test rows. `routing`, `reject`
     and `decisions` are those of the end, as is `head_sha256`; `answers` is None for a stream
-    without prompts.
+    without prompts. `places` are the tasks on a map.
     """
 
     stream: Stream
@@ -139,6 +140,7 @@ class StreamEvaluation:
     unknown_before_arrival: tuple[float, ...]
     registrations: tuple[Registration, ...]
     answers: AnswerEvaluation | None
+    places: TaskMap
     decisions: tuple[RoutedText, ...]
     head_sha256: str
     seconds: float
@@ -232,6 +234,7 @@ def evaluate_stream(
         unknown_before_arrival=(math.nan, *(arrival.next_unknown for arrival in scored[:-1])),
         registrations=tuple(registrations),
         answers=answers,
+        places=task_map([row.task for row in stream.test], embeddings.vectors),
         decisions=tuple(decisions),
         head_sha256=digest(published.head.to_bytes()),
         seconds=time.perf_counter() - began,

@@ -15,6 +15,7 @@ from trainer.report import Picture, Report, Table
 from trainer.report_words import interval_in_words, percent, points, summary_table
 from trainer.routing_report import (
     REPORT_FORMAT,
+    map_pictures,
     numbering,
     routing_pictures,
     routing_summary,
@@ -144,6 +145,7 @@ def stream_report(evaluation: StreamEvaluation, source: str) -> Report:
         **({"reject": evaluation.reject} if evaluation.reject else {}),
         **({"answers": answers} if answers else {}),
         "registrations": registrations,
+        "task_map": evaluation.places,
         "timing": {"seconds": evaluation.seconds, "seconds_registering": registering},
     }
     summary = [
@@ -186,6 +188,7 @@ def stream_report(evaluation: StreamEvaluation, source: str) -> Report:
         pictures=(
             *_stream_pictures(evaluation),
             *routing_pictures(evaluation.decisions, sorted(stream.order), figures),
+            *map_pictures(evaluation.places, figures),
         ),
         decisions=evaluation.decisions,
     )

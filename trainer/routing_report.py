@@ -63,7 +63,7 @@ def routing_report(evaluation: RoutingEvaluation, source: str) -> Report:
         ),
         pictures=(
             *routing_pictures(evaluation.decisions, evaluation.tasks, figures),
-            *_map_pictures(evaluation.places, figures),
+            *map_pictures(evaluation.places, figures),
         ),
         decisions=evaluation.decisions,
     )
@@ -253,7 +253,8 @@ def routing_pictures(
     )
 
 
-def _map_pictures(places: TaskMap, figures: RoutingFigures) -> tuple[Picture, ...]:
+def map_pictures(places: TaskMap, figures: RoutingFigures) -> tuple[Picture, ...]:
+    """The map of the tasks, where there are any."""
     if not places.places:
         return ()
     pairs = [(pair.task, pair.taken_for, pair.rows) for pair in figures.confused_pairs]

@@ -195,7 +195,7 @@ def test_a_stream_of_tasks_is_registered_and_scored(one_file: Path, tmp_path: Pa
     assert [row["row"] for row in decisions] == [str(number) for number in range(33, 41)]
     assert [row["true_task"] for row in decisions[-3:]] == ["cooking", "", ""]
     assert "text" not in decisions[0]
-    assert (folder / "report.html").read_text(encoding="utf-8").count("data:image/png") == 6
+    assert (folder / "report.html").read_text(encoding="utf-8").count("data:image/png") == 7
     assert (folder / "report.md").is_file()
 
 

@@ -29,6 +29,7 @@ def served() -> dict[str, set[str]]:
     metrics.batch_ended("routing", 1)
     metrics.cache_used(hits=1, misses=1)
     metrics._decisions.labels("weather", "matched").inc()
+    metrics._used.labels("weather", "matched").inc()
     metrics._scores.labels("weather").observe(1.0)
     found: dict[str, set[str]] = {}
     for family in metrics.registry.collect():
