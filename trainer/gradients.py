@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from router.backends.rows import Row, batches
 from router.backends.torch_model import TorchLanguageModel
@@ -93,6 +95,6 @@ def row_losses(model: TorchLanguageModel, rows: Sequence[TrainingRow]) -> Tensor
     zero where the outputs are free text.
     """
     scores = model.log_likelihoods([row.row for row in rows], [row.candidates for row in rows])
-    right = torch.stack([of_row[0] for of_row in scores])
-    preferred = torch.stack([of_row.log_softmax(0)[0] for of_row in scores])
-    return -(right + preferred)
+    # In one tensor: operations on each row alone would cost a GPU more than the model does.
+    table = pad_sequence(scores, batch_first=True, padding_value=-math.inf)
+    return -(table[:, 0] + table.log_softmax(1)[:, 0])
