@@ -30,7 +30,8 @@ class Snapshot:
     @classmethod
     def build(cls, revision: int, head: Head, tasks: Mapping[str, ServedTask]) -> Snapshot:
         """Build the index over the head's rows."""
-        return cls(revision, head, CentroidIndex(head.rows, head.row_task), tasks)
+        index = CentroidIndex(head.rows, head.row_task, head.closeness())
+        return cls(revision, head, index, tasks)
 
     def task(self, name: str) -> ServedTask:
         """The task of that name.

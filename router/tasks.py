@@ -112,13 +112,13 @@ class TaskRecord:
 class Policy:
     """How a catalog routes: the kind of head, and how much of its own inputs a task may lose.
 
-    `false_reject_rate` and `ambiguous_rate` are shares of a task's own inputs that may be called
-    unknown, and ambiguous.
+    `false_reject_rate` is the share of the tasks' own inputs that may be kept from every task, as
+    unknown or as ambiguous; `ambiguous_rate` is the part of it that may be ambiguous.
     """
 
-    head: str = "lda"
+    head: str = "auto"
     false_reject_rate: float = 0.05
-    ambiguous_rate: float = 0.01
+    ambiguous_rate: float = 0.005
 
 
 @dataclass(frozen=True, slots=True, order=True)
