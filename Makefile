@@ -11,7 +11,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fuzz lint format proto bench bench-base-model bench-calibration bench-few-shot bench-route clean
+.PHONY: help install demo test fuzz lint format proto bench bench-base-model bench-calibration bench-few-shot bench-route bench-routing clean
 
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -52,13 +52,16 @@ $(BUF): $(INSTALLED)
 	npm install --prefix $(VENV)/node --no-audit --no-fund --silent @bufbuild/buf@$(BUF_VERSION)
 	@touch $@
 
-bench: bench-route bench-calibration bench-few-shot bench-base-model  ## Run the benchmarks (PROMPTYARD_BENCH_DATA for all but the first)
+bench: bench-route bench-routing bench-calibration bench-few-shot bench-base-model  ## Run the benchmarks (PROMPTYARD_BENCH_DATA for all but the first)
 
 bench-route: $(INSTALLED)  ## What one Route call costs over the encoder and an empty gRPC call
 	$(BIN)/python tests/benchmarks/bench_route.py
 
 bench-calibration: $(INSTALLED)  ## How far the probability of being right is from the truth
 	$(BIN)/python tests/benchmarks/bench_calibration.py
+
+bench-routing: $(INSTALLED)  ## Routing of public data sets beside other ways to route (writes docs/benchmarks)
+	$(BIN)/python tests/benchmarks/bench_routing.py
 
 bench-few-shot: $(INSTALLED)  ## What prompts tuned on few rows answer, by what they start from
 	$(BIN)/python tests/benchmarks/bench_few_shot.py

@@ -7,24 +7,41 @@ them, thresholds are set on those scores, and the head that serves is then fitte
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from router.calibrating import fit_probability
-from router.cross_fitting import HeldOutScores, cross_fitting
+from router.cross_fitting import CrossFitting, Fold, HeldOutScores, cross_fitting
+from router.examples import Closeness, Examples, sample_examples
 from router.fitting import Background, Fitter, combine, fit_nearest_mean, lda_fitter
 from router.head import Head, empty_head
 from router.interfaces import FloatArray
 from router.statistics import PooledMoments
 from router.tasks import Policy, TaskKey
+from router.weighing import weigh
 
-HEAD_KINDS = ("lda", "nearest-mean")
+HEAD_KINDS = ("auto", "lda", "nearest-mean")
 
 REJECTED = -1
 _GONE = -2
 # A task's own threshold counts n / (n + 20) against the one of all tasks together.
 _SHRINKAGE_ROWS = 20
+# How many rows the terms are weighed on, about.
+_WEIGHED_ROWS = 4096
+# The weights that few rows change little, of terms of unit spread: discriminant, cosine, closeness.
+_PRIOR_WEIGHTS = (2.0, 1.0, 1.0)
+# The share of the likelihood ratio against text in general, which ranks as the discriminant does.
+_RATIO_SHARE = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """What the terms of a fit, and the closeness, count in the sum."""
+
+    terms: tuple[float, ...]
+    closeness: float = 0.0
 
 
 def compile_head(
@@ -43,14 +60,17 @@ def compile_head(
     for_folds: Fitter = fit_nearest_mean
     if policy.head != "nearest-mean":
         fitter, for_folds = lda_fitter(background), lda_fitter(background, single=True)
+    examples = sample_examples(tasks) if policy.head == "auto" else None
     with cross_fitting(pool) as fitting:
         whole, folds = fitting.fit(fitter, for_folds)
-        spreads = (1.0,) if policy.head == "nearest-mean" else _spreads(fitting.own_scores(folds))
-        held_out = fitting.score(folds, spreads, len(tasks))
-    thresholds = _thresholds(held_out, len(tasks), policy.false_reject_rate)
-    margin = _ambiguity_margin(held_out, policy.ambiguous_rate)
+        weights = _Weights((1.0,))
+        if policy.head != "nearest-mean":
+            weights = _weigh(fitting, folds, examples)
+        closeness = _closeness(examples, weights.closeness)
+        held_out = fitting.score(folds, weights.terms, closeness)
+    thresholds, margin = _calibrate(held_out, len(tasks), policy)
     decided = np.where(held_out.best >= thresholds[held_out.winner], held_out.winner, REJECTED)
-    term = combine(whole, spreads)
+    term = combine(whole, weights.terms)
     return Head(
         kind=policy.head,
         encoder=encoder,
@@ -64,6 +84,8 @@ def compile_head(
         held_out=decided.astype(np.int32),
         summary=_summary(held_out, decided, margin, policy),
         probability=fit_probability(held_out),
+        examples=examples if closeness is not None else None,
+        closeness_weight=weights.closeness,
     )
 
 
@@ -91,9 +113,55 @@ def held_out_by_task(head: Head, rows: Mapping[TaskKey, int]) -> dict[TaskKey, N
     return dict(zip(head.tasks, np.split(head.held_out, ends), strict=False))
 
 
-def _spreads(own: Sequence[FloatArray]) -> tuple[float, ...]:
-    """The standard deviation of each term over held-out rows, scored for their own task."""
-    return tuple(max(float(scores.std()), 1e-6) if len(scores) else 1.0 for scores in own)
+def _weigh(fitting: CrossFitting, folds: Sequence[Fold], examples: Examples | None) -> _Weights:
+    """Weights of the likelihood ratio, the discriminant and the cosine, and of the closeness."""
+    ratio, discriminant, cosine = (_spread(scores) for scores in fitting.own_scores(folds))
+    prior = _PRIOR_WEIGHTS if examples is not None else _PRIOR_WEIGHTS[:-1]
+    finders = (0.0, prior[0] / discriminant, prior[1] / cosine)
+    contested = fitting.contested(folds, finders, _closeness(examples, 1.0), _WEIGHED_ROWS)
+    spreads = np.array([_spread(scores) for scores in contested.own_terms])
+    found = weigh(contested.terms / spreads[:, None, None], contested.own, prior)
+    weights = (np.array(found) / spreads).tolist()
+    against_general = _RATIO_SHARE * sum(found) / len(prior) / ratio
+    return _Weights(
+        (against_general, weights[0] - against_general, weights[1]),
+        weights[2] if examples is not None else 0.0,
+    )
+
+
+def _closeness(examples: Examples | None, weight: float) -> Closeness | None:
+    """For queries `[x ; 1]`; None where it does not count."""
+    if examples is None or not weight:
+        return None
+    center = np.zeros(examples.vectors.shape[1], np.float32)
+    return Closeness(examples.rows(center), examples.starts, weight)
+
+
+def _spread(scores: FloatArray) -> float:
+    """The standard deviation of a term over held-out rows, scored for their own task."""
+    return max(float(scores.std()), 1e-6) if len(scores) else 1.0
+
+
+def _calibrate(scores: HeldOutScores, tasks: int, policy: Policy) -> tuple[FloatArray, float]:
+    """Thresholds `[K]` and the margin of ambiguity, that share one budget.
+
+    The thresholds of the tasks are set one by one, and then moved together, up or down, until the
+    share of all held-out rows that are kept from every task is what was asked for.
+    """
+    rate = policy.false_reject_rate
+    ambiguous_rate = min(policy.ambiguous_rate, rate)
+    margin = _ambiguity_margin(scores, ambiguous_rate)
+    thresholds = _thresholds(scores, tasks, rate - ambiguous_rate)
+    rows = np.isfinite(scores.own)
+    over = (scores.best - thresholds[scores.winner])[rows]
+    over[(scores.best - scores.runner_up)[rows] < margin] = -np.inf
+    rank = int(rate * (len(over) + 1))
+    if rank >= 1:
+        moved = float(np.partition(over, rank - 1)[rank - 1])
+        # Without end where ambiguity alone used the budget up: then the thresholds stay.
+        if np.isfinite(moved):
+            thresholds += np.float32(moved)
+    return thresholds, margin
 
 
 def _thresholds(scores: HeldOutScores, tasks: int, rate: float) -> FloatArray:
@@ -134,11 +202,12 @@ def _summary(
     margin: float,
     policy: Policy,
 ) -> dict[str, float]:
-    ambiguous = (decided != REJECTED) & (scores.best - scores.runner_up < margin)
+    rejected = decided == REJECTED
+    ambiguous = ~rejected & (scores.best - scores.runner_up < margin)
     return {
         "held_out_rows": float(len(scores.task)),
         "held_out_accuracy": float((scores.winner == scores.task).mean()),
-        "held_out_rejected": float((decided == REJECTED).mean()),
+        "held_out_rejected": float(rejected.mean()),
         "held_out_ambiguous": float(ambiguous.mean()),
         "false_reject_rate": policy.false_reject_rate,
         "ambiguous_rate": policy.ambiguous_rate,

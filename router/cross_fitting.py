@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from router.examples import Closeness, best_first
 from router.fitting import Fit, Fitter, combine, offset_scores, row_scores
 from router.head import best_row_per_task
 from router.interfaces import FloatArray
@@ -27,13 +28,14 @@ _CHUNK_ROWS = 1024
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """The rows of one fold and a fit without them.
+    """The rows of fold `number` and a fit without them.
 
     `places` `[n]` number the rows in canonical order; the rows of task t are `starts[t]` to
     `starts[t + 1]` of the fold. `offsets[i]` `[n]` is the part of term i's score that is the same
     for all tasks.
     """
 
+    number: int
     fit: Fit
     places: NDArray[np.int64]
     starts: NDArray[np.int64]
@@ -44,6 +46,28 @@ class Fold:
     def task(self) -> NDArray[np.int64]:
         """The number of each row's task `[n]`."""
         return np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
+
+    def queries(self, rows: NDArray[np.int64] | slice) -> FloatArray:
+        """Queries `[n, D + 1]` for the examples: embeddings, not centred, and a one."""
+        vectors = self.centered[rows] + self.fit.center.astype(np.float32)
+        return np.concatenate([vectors, np.ones((len(vectors), 1), np.float32)], axis=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Contested:
+    """The terms of the scores of some rows for the tasks that come closest, their own included.
+
+    terms `[J, N, S]`; `own` `[N]` is the place of the own task among the S.
+    """
+
+    terms: FloatArray
+    own: NDArray[np.int64]
+
+    @property
+    def own_terms(self) -> FloatArray:
+        """The terms of the rows' own tasks `[J, N]`."""
+        chosen: FloatArray = self.terms[:, np.arange(len(self.own)), self.own]
+        return chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +113,7 @@ class CrossFitting:
         centered = fixed.astype(np.float32) / np.float32(FIXED_POINT)
         centered -= fit.center.astype(np.float32)
         return Fold(
+            number,
             fit,
             np.concatenate(places),
             np.cumsum([0, *(len(rows) for rows in places)]),
@@ -101,7 +126,33 @@ class CrossFitting:
         per_fold = list(self._threads.map(_own_scores, folds))
         return [np.concatenate(scores) for scores in zip(*per_fold, strict=True)]
 
-    def score(self, folds: Sequence[Fold], spreads: Sequence[float], tasks: int) -> HeldOutScores:
+    def contested(
+        self,
+        folds: Sequence[Fold],
+        weights: Sequence[float],
+        closeness: Closeness | None,
+        most_rows: int,
+    ) -> Contested:
+        """The first rows of every task, about `most_rows` in all, and the tasks that come closest.
+
+        `weights` are those of the terms that find these tasks; terms of no weight are left out.
+        Closeness is the last term.
+        """
+        per_task = -(-most_rows // max(len(self._pool.tasks), 1))
+        width = min(len(np.unique(fold.fit.row_task)) for fold in folds)
+        parts = list(
+            self._threads.map(
+                lambda fold: _contested_in_fold(fold, weights, closeness, per_task, width), folds
+            )
+        )
+        return Contested(
+            np.concatenate([part.terms for part in parts], axis=1),
+            np.concatenate([part.own for part in parts]),
+        )
+
+    def score(
+        self, folds: Sequence[Fold], weights: Sequence[float], closeness: Closeness | None = None
+    ) -> HeldOutScores:
         """Score every row by the fit without its fold; the rows are in canonical order again."""
         count = sum(len(fold.places) for fold in folds)
         own = np.full(count, -np.inf, np.float32)
@@ -109,7 +160,7 @@ class CrossFitting:
             np.zeros(count, np.int64), own, np.zeros(count, np.int64), own.copy(), own.copy()
         )
         # Every fold writes to the places of its own rows.
-        list(self._threads.map(lambda fold: _score_fold(fold, spreads, tasks, scores), folds))
+        list(self._threads.map(lambda fold: _score_fold(fold, weights, closeness, scores), folds))
         return scores
 
 
@@ -135,11 +186,59 @@ def _own_scores(fold: Fold) -> list[FloatArray]:
     return [np.concatenate(scores) for scores in own]
 
 
-def _score_fold(fold: Fold, spreads: Sequence[float], tasks: int, found: HeldOutScores) -> None:
-    rows = combine(fold.fit, spreads).rows.astype(np.float32)
+def _contested_in_fold(
+    fold: Fold,
+    weights: Sequence[float],
+    closeness: Closeness | None,
+    per_task: int,
+    width: int,
+) -> Contested:
     present = np.unique(fold.fit.row_task)
+    # Row i of the fold is row i * FOLDS + number of its task.
+    in_fold = np.arange(len(fold.places)) - fold.starts[fold.task]
+    chosen = (in_fold * FOLDS + fold.number < per_task) & np.isin(fold.task, present)
+    rows = np.flatnonzero(chosen)
+    own_task = np.searchsorted(present, fold.task[rows])
+    counted = [place for place, weight in enumerate(weights) if weight]
+    per_term = [
+        row_scores(fold.fit.terms[place].rows.astype(np.float32), fold.centered[rows])
+        for place in counted
+    ]
+    together = np.zeros((len(rows), len(fold.fit.row_task)), np.float32)
+    for place, scores in zip(counted, per_term, strict=True):
+        together += np.float32(weights[place]) * scores
+    by_task = best_row_per_task(together, fold.fit.row_task)
+    tasks = best_first(by_task)[:, :width]
+    missing = ~(tasks == own_task[:, None]).any(1)
+    tasks[missing, -1] = own_task[missing]
+    starts = np.flatnonzero(np.diff(fold.fit.row_task, prepend=-1))
+    best_rows = _best_rows(together, starts, tasks)
+    terms = [np.take_along_axis(scores, best_rows, 1) for scores in per_term]
+    if closeness is not None:
+        terms.append(closeness.of(fold.queries(rows), present[tasks], fold.number))
+    return Contested(np.stack(terms), (tasks == own_task[:, None]).argmax(1))
+
+
+def _best_rows(
+    scores: FloatArray, starts: NDArray[np.int64], tasks: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """The best row of each task `[n, S]`, of scores `[n, M]`. A task's rows begin at `starts`."""
+    best = np.empty(tasks.shape, np.int64)
+    ends = np.append(starts[1:], scores.shape[1])
+    for number in np.unique(tasks):
+        row, column = np.nonzero(tasks == number)
+        mine = scores[row, starts[number] : ends[number]]
+        best[row, column] = starts[number] + mine.argmax(1)
+    return best
+
+
+def _score_fold(
+    fold: Fold, weights: Sequence[float], closeness: Closeness | None, found: HeldOutScores
+) -> None:
+    rows = combine(fold.fit, weights).rows.astype(np.float32)
+    tasks, present = len(fold.starts) - 1, np.unique(fold.fit.row_task)
     offsets = np.sum(
-        [offset / spread for offset, spread in zip(fold.offsets, spreads, strict=True)], axis=0
+        [offset * weight for offset, weight in zip(fold.offsets, weights, strict=True)], axis=0
     )
     own_task = fold.task
     for begin in range(0, len(fold.places), _CHUNK_ROWS):
@@ -152,6 +251,8 @@ def _score_fold(fold: Fold, spreads: Sequence[float], tasks: int, found: HeldOut
         else:
             scores = np.full((len(at), tasks), -np.inf, np.float32)
             scores[:, present] = by_task
+        if closeness is not None:
+            closeness.add_to(scores, fold.queries(chunk), fold.number)
         number = np.arange(len(at))
         found.task[at] = own_task[chunk]
         found.own[at] = scores[number, own_task[chunk]]

@@ -3,11 +3,11 @@
 Two kinds:
 
 - `nearest-mean`: cosine to the normalised mean of each task. A row depends on its own task alone.
-- `lda`: linear discriminant analysis over shrunken sub-centroids. Three terms are added up, each
-  scaled to its spread over the rows of the tasks: the likelihood ratio against a broad Gaussian of
-  text in general (a relative Mahalanobis distance, Ren et al. 2021, arXiv:2106.09022), the
-  discriminant against text in general as one more class, and the cosine. They agree on which task
-  is best and err differently on what belongs to none, so that their sum rejects better than each.
+- `lda`: linear discriminant analysis over shrunken sub-centroids. Three terms are weighed and added
+  up: the likelihood ratio against a broad Gaussian of text in general (a relative Mahalanobis
+  distance, Ren et al. 2021, arXiv:2106.09022), the discriminant against text in general as one more
+  class, and the cosine. The first two rank the tasks alike and err differently on what belongs to
+  none, so that their sum rejects better than each.
 """
 
 from __future__ import annotations
@@ -100,12 +100,12 @@ def lda_fitter(background: Background, *, single: bool = False) -> Fitter:
     return fit_lda
 
 
-def combine(fit: Fit, spreads: Sequence[float]) -> Term:
-    """The sum of the terms, each divided by its spread."""
-    rows = sum(term.rows / spread for term, spread in zip(fit.terms, spreads, strict=True))
+def combine(fit: Fit, weights: Sequence[float]) -> Term:
+    """The sum of the terms, each times its weight."""
+    rows = sum(term.rows * weight for term, weight in zip(fit.terms, weights, strict=True))
     offsets = [
-        term.offset / spread
-        for term, spread in zip(fit.terms, spreads, strict=True)
+        term.offset * weight
+        for term, weight in zip(fit.terms, weights, strict=True)
         if term.offset is not None
     ]
     return Term(np.asarray(rows), np.sum(offsets, axis=0) if offsets else None)

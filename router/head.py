@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,12 +14,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from router.errors import CorruptArtifactError
-from router.fitting import row_scores
+from router.examples import Closeness, Examples
 from router.interfaces import FloatArray
 from router.probability import MatchProbability
 from router.tasks import TaskKey
 
-HEAD_FORMAT = 1
+HEAD_FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,8 @@ class Head:
 
     The score of row m for an embedding x `[D]` is `rows[m] . [x - center ; 1] + offset(x)`, where
     `offset(x) = -(x - center)' background (x - center)` is the same for all rows, so that it
-    matters for rejection and not for the order. A task scores as its best row.
+    matters for rejection and not for the order. A task scores as its best row. Where the head has
+    `examples`, the closeness to a task's examples is added, times `closeness_weight`.
 
     rows `[M, D + 1]`, row_task `[M]`, thresholds `[K]`, center `[D]`, background `[D, D]` or None.
     `held_out` `[N]` is the number of the task that each stored row was routed to by a head that
@@ -46,6 +48,8 @@ class Head:
     held_out: NDArray[np.int32]
     summary: Mapping[str, float]
     probability: MatchProbability | None = None
+    examples: Examples | None = None
+    closeness_weight: float = 0.0
 
     def queries(self, vectors: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Embeddings `[B, D]` to queries `[B, D + 1]` for the rows, and score offsets `[B]`."""
@@ -54,19 +58,32 @@ class Head:
         queries = np.concatenate([centered, ones], axis=1, dtype=np.float32)
         return queries, self._offsets(centered)
 
+    def closeness(self) -> Closeness | None:
+        """What the examples add to the scores of queries; None where the head has none."""
+        if self.examples is None:
+            return None
+        rows = self.examples.rows(self.center)
+        return Closeness(rows, self.examples.starts, self.closeness_weight)
+
     def scores(self, vectors: FloatArray) -> FloatArray:
         """Scores `[B, K]` of every task for embeddings `[B, D]`. For evaluation, not serving."""
         queries, offsets = self.queries(vectors)
-        return best_row_per_task(queries @ self.rows.T, self.row_task) + offsets[:, None]
+        return self._scores(queries) + offsets[:, None]
 
     def best_tasks(self, vectors: FloatArray) -> NDArray[np.int64]:
         """The number of the best task `[B]` for embeddings `[B, D]`. For evaluation, not serving.
 
         Of equals the first, as in the index.
         """
-        scores = row_scores(self.rows, vectors - self.center)
-        best: NDArray[np.int64] = best_row_per_task(scores, self.row_task).argmax(1)
+        best: NDArray[np.int64] = self._scores(self.queries(vectors)[0]).argmax(1)
         return best
+
+    def _scores(self, queries: FloatArray) -> FloatArray:
+        scores = best_row_per_task(queries @ self.rows.T, self.row_task)
+        closeness = self.closeness()
+        if closeness is not None:
+            closeness.add_to(scores, queries)
+        return scores
 
     def to_bytes(self) -> bytes:
         """A safetensors file; equal heads give equal bytes."""
@@ -79,12 +96,17 @@ class Head:
         }
         if self.background is not None:
             tensors["background"] = self.background
+        if self.examples is not None:
+            tensors["examples"] = self.examples.vectors
+            tensors["example_biases"] = self.examples.biases
+            tensors["example_starts"] = self.examples.starts
         about = {
             "format": HEAD_FORMAT,
             "kind": self.kind,
             "encoder": self.encoder,
             "tasks": [[key.name, key.revision] for key in self.tasks],
             "ambiguity_margin": self.ambiguity_margin,
+            "closeness_weight": self.closeness_weight,
             "summary": dict(self.summary),
         }
         if self.probability is not None:
@@ -119,6 +141,8 @@ class Head:
                 tensors["held_out"],
                 about["summary"],
                 MatchProbability(**about["probability"]) if "probability" in about else None,
+                _examples(tensors),
+                float(about["closeness_weight"]),
             )
             head._check()
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -140,6 +164,7 @@ class Head:
             and len(self.thresholds) == len(self.tasks)
             and (self.background is None or self.background.shape == (dimension, dimension))
             and all(np.isfinite(array).all() for array in floats)
+            and (self.examples is None or self.examples.fit(len(self.tasks), dimension))
         ):
             raise ValueError("shapes or values do not fit together")
 
@@ -189,6 +214,12 @@ def best_row_per_task(row_scores: FloatArray, row_task: NDArray[np.int64]) -> Fl
     starts = np.flatnonzero(np.diff(row_task, prepend=-1))
     best: FloatArray = np.maximum.reduceat(row_scores, starts, axis=1)
     return best
+
+
+def _examples(tensors: Mapping[str, NDArray[Any]]) -> Examples | None:
+    if "examples" not in tensors:
+        return None
+    return Examples(tensors["examples"], tensors["example_biases"], tensors["example_starts"])
 
 
 def digest(content: bytes) -> str:

@@ -6,6 +6,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from router.examples import SHORTLIST, Closeness
 from router.interfaces import FloatArray
 
 
@@ -16,9 +17,15 @@ class CentroidIndex:
     gets a new one.
     """
 
-    def __init__(self, rows: FloatArray, row_task: NDArray[np.int64]) -> None:
-        """Index `rows` `[M, E]`; row m belongs to task number `row_task[m]` `[M]`."""
+    def __init__(
+        self, rows: FloatArray, row_task: NDArray[np.int64], closeness: Closeness | None = None
+    ) -> None:
+        """Index `rows` `[M, E]`; row m belongs to task number `row_task[m]` `[M]`.
+
+        `closeness` counts for the tasks that are best without it.
+        """
         self._row_task = row_task
+        self._closeness = closeness
         tasks, counts = np.unique(row_task, return_counts=True)
         self._tasks = len(tasks)
         # How many rows must be asked for so that k different tasks are surely among them.
@@ -29,9 +36,17 @@ class CentroidIndex:
     def search(self, queries: FloatArray, k: int) -> tuple[FloatArray, NDArray[np.int64]]:
         """The best `k` tasks for each query `[B, E]`: scores `[B, k]` and task numbers `[B, k]`.
 
-        A task scores as its best row. `k` must not exceed the number of tasks. Equal scores are
-        ordered by task number.
+        A task scores as its best row, plus its closeness. `k` must not exceed the number of tasks.
+        Equal scores are ordered by task number.
         """
+        if self._closeness is None:
+            return self._search(queries, k)
+        scores, tasks = self._search(queries, max(k, min(SHORTLIST, self._tasks)))
+        self._closeness.add_to_best(scores, tasks, queries)
+        order = np.lexsort((tasks, -scores))[:, :k]
+        return np.take_along_axis(scores, order, 1), np.take_along_axis(tasks, order, 1)
+
+    def _search(self, queries: FloatArray, k: int) -> tuple[FloatArray, NDArray[np.int64]]:
         wanted = int(self._rows_before_kth_task[k - 2]) + 1 if k > 1 else 1
         scores, rows = self._best_rows(np.ascontiguousarray(queries, dtype=np.float32), wanted)
         tasks = self._row_task[rows]

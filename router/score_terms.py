@@ -17,11 +17,13 @@ from router.interfaces import FloatArray
 from router.statistics import ExactArray, PooledMoments, TaskStatistics
 from router.threads import one_blas_thread
 
+_LDA = ("likelihood", "discriminant", "cosine")
 TERM_NAMES = {
-    "lda": ("likelihood", "discriminant", "cosine"),
+    "auto": _LDA,
+    "lda": _LDA,
     "nearest-mean": ("cosine",),
 }
-"""The terms of each kind of head, in the order of its fit."""
+"""The terms of each kind of head, in the order of its fit; `auto` may add the closeness."""
 
 # Heads are stored in single precision.
 _TOLERANCE = 1e-3
@@ -41,10 +43,14 @@ class ScoreTerms:
         mine = np.flatnonzero(head.row_task == task)
         best = mine[(head.rows[mine] @ query).argmax()]
         centered = query[None, :-1]
-        return tuple(
+        linear = tuple(
             float(rows[best] @ query + offset_scores(offset, centered)[0])
             for rows, offset in zip(self.rows, self.offsets, strict=True)
         )
+        closeness = head.closeness()
+        if closeness is None:
+            return linear
+        return (*linear, float(closeness.of(query[None], np.array([[task]]))[0, 0]))
 
 
 def score_terms(
@@ -61,8 +67,9 @@ def score_terms(
         weights = _weights(fit, head)
     if weights is None:
         return None
+    closeness = ("closeness",) if head.examples is not None else ()
     return ScoreTerms(
-        TERM_NAMES[head.kind],
+        TERM_NAMES[head.kind] + closeness,
         tuple(
             (weight * term.rows).astype(np.float32)
             for weight, term in zip(weights, fit.terms, strict=True)

@@ -38,7 +38,8 @@ class Snapshot:
         rejection: RejectionPolicy = ABSTAIN,
     ) -> Snapshot:
         """Build the index over the head's rows."""
-        return cls(revision, head, CentroidIndex(head.rows, head.row_task), tasks, rejection)
+        index = CentroidIndex(head.rows, head.row_task, head.closeness())
+        return cls(revision, head, index, tasks, rejection)
 
     def task(self, name: str) -> ServedTask:
         """The task of that name.

@@ -167,13 +167,14 @@ def _prompt_summary(raw: dict[str, Any]) -> PromptSummary:
 class Policy:
     """How a catalog routes: the kind of head, and how much of its own inputs a task may lose.
 
-    `false_reject_rate` and `ambiguous_rate` are shares of a task's own inputs that may be called
-    unknown, and ambiguous. `on_unknown` is the rejection policy, as `router.rejection` writes it.
+    `false_reject_rate` is the share of the tasks' own inputs that may be kept from every task, as
+    unknown or as ambiguous; `ambiguous_rate` is the part of it that may be ambiguous. `on_unknown`
+    is the rejection policy, as `router.rejection` writes it.
     """
 
-    head: str = "lda"
+    head: str = "auto"
     false_reject_rate: float = 0.05
-    ambiguous_rate: float = 0.01
+    ambiguous_rate: float = 0.005
     on_unknown: str = "abstain"
 
 

@@ -292,9 +292,21 @@ def test_texts_far_from_every_task_are_unknown(kind: str) -> None:
 @pytest.mark.parametrize("rate", [0.0, 0.01, 0.05, 0.3])
 def test_at_most_the_share_asked_for_is_ambiguous_and_not_far_less(rate: float) -> None:
     tasks, _ = gaussian_tasks(np.random.default_rng(10), 6, 200)
-    head = compiled(tasks, Policy(ambiguous_rate=rate))
+    head = compiled(tasks, Policy(false_reject_rate=0.05 + rate, ambiguous_rate=rate))
     assert rate / 2 <= head.summary["held_out_ambiguous"] <= rate
     assert (head.ambiguity_margin == 0.0) == (rate == 0.0)
+
+
+@pytest.mark.parametrize("kind", HEAD_KINDS)
+@pytest.mark.parametrize(("rate", "ambiguous_rate"), [(0.05, 0.01), (0.1, 0.1), (0.1, 0.4)])
+def test_unknown_and_ambiguous_share_one_budget(
+    kind: str, rate: float, ambiguous_rate: float
+) -> None:
+    tasks, _ = gaussian_tasks(np.random.default_rng(11), 6, 200)
+    policy = Policy(head=kind, false_reject_rate=rate, ambiguous_rate=ambiguous_rate)
+    summary = compiled(tasks, policy).summary
+    lost = summary["held_out_rejected"] + summary["held_out_ambiguous"]
+    assert 0.8 * rate <= lost <= rate + 0.01
 
 
 @settings(max_examples=20)
@@ -302,23 +314,33 @@ def test_at_most_the_share_asked_for_is_ambiguous_and_not_far_less(rate: float) 
 def test_nearest_mean_thresholds_are_the_conformal_ones_of_cross_fitted_scores(
     tasks: list[TaskStatistics], rate: float
 ) -> None:
-    head = compiled(tasks, Policy(head="nearest-mean", false_reject_rate=rate))
-    own = [_cross_fitted_cosines(task) for task in tasks]
+    policy = Policy(head="nearest-mean", false_reject_rate=rate, ambiguous_rate=0.0)
+    head = compiled(tasks, policy)
     if sum(len(task.embeddings) for task in tasks) == 1:
         return  # nothing to leave out
-    expected = _naive_thresholds(own, rate)
+    cosines = [_cross_fitted_cosines(task, tasks) for task in tasks]
+    own = [scores[np.isfinite(scores[:, number]), number] for number, scores in enumerate(cosines)]
+    expected = np.array(_naive_thresholds(own, rate))
+    scores = np.concatenate(
+        [scores[np.isfinite(scores[:, number])] for number, scores in enumerate(cosines)]
+    )
+    over = np.sort(scores.max(1) - expected[scores.argmax(1)])
+    rank = int(rate * (len(over) + 1))
+    if rank:
+        expected += over[rank - 1]
     np.testing.assert_allclose(head.thresholds, expected, atol=1e-5)
 
 
-def _cross_fitted_cosines(task: TaskStatistics) -> np.ndarray:
-    vectors = task.embeddings / 2.0**15
-    scores = []
-    for row, vector in enumerate(vectors):
-        rest = vectors[np.arange(len(vectors)) % FOLDS != row % FOLDS]
-        if len(rest):
-            mean = rest.mean(0)
-            scores.append(vector @ mean / np.linalg.norm(mean))
-    return np.array(scores)
+def _cross_fitted_cosines(task: TaskStatistics, tasks: Sequence[TaskStatistics]) -> np.ndarray:
+    """The cosine of each row `[n, K]` to the mean of every task's rows of the other folds."""
+    scores = np.full((len(task.embeddings), len(tasks)), -np.inf)
+    for row, vector in enumerate(task.embeddings / 2.0**15):
+        for number, other in enumerate(tasks):
+            rest = other.embeddings[other.folds != row % FOLDS] / 2.0**15
+            if len(rest):
+                mean = rest.mean(0)
+                scores[row, number] = vector @ mean / np.linalg.norm(mean)
+    return scores
 
 
 def _naive_thresholds(own: Sequence[np.ndarray], rate: float) -> list[float]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from router.cross_fitting import cross_fitting
+from router.examples import SHORTLIST, Closeness, sample_examples
 from router.fitting import combine, lda_fitter
 from router.head import best_row_per_task
 from router.statistics import FOLDS, PooledMoments, TaskStatistics
@@ -20,29 +21,45 @@ def pooled(tasks: list[TaskStatistics]) -> PooledMoments:
     return pool
 
 
+def closeness_of(tasks: list[TaskStatistics], weight: float) -> Closeness:
+    examples = sample_examples(tasks)
+    assert examples is not None
+    return Closeness(examples.rows(np.zeros(DIMENSION, np.float32)), examples.starts, weight=weight)
+
+
+@pytest.mark.parametrize("weight", [0.0, 3.0])
 @pytest.mark.parametrize("rows", [(23, 4, 11), (30,), (3, 1)])
-def test_rows_are_scored_by_a_fit_to_the_rows_of_the_other_folds(rows: tuple[int, ...]) -> None:
+def test_rows_are_scored_by_a_fit_to_the_rows_of_the_other_folds(
+    rows: tuple[int, ...], weight: float
+) -> None:
     rng = np.random.default_rng(0)
     tasks = [
         random_task(f"task-{n}", rng, rows=count, dimension=DIMENSION, clusters=2)
         for n, count in enumerate(rows)
     ]
-    fitter, spreads = lda_fitter(wide_background(DIMENSION)), (2.0, 3.0, 0.5)
+    fitter, weights = lda_fitter(wide_background(DIMENSION)), (0.5, 0.3, 2.0)
+    examples = sample_examples(tasks)
+    assert examples is not None
+    biases = np.split(examples.biases, examples.starts[1:-1])
     with cross_fitting(pooled(tasks)) as fitting:
         _, folds = fitting.fit(fitter, fitter)
-        found = fitting.score(folds, spreads, len(tasks))
+        found = fitting.score(folds, weights, closeness_of(tasks, weight) if weight else None)
     moments = pooled(tasks)
     place = 0
     for number, task in enumerate(tasks):
         for row, vector in enumerate(task.vectors):
             fit = fitter(moments.total().without(moments.of_fold(row % FOLDS)))
-            term = combine(fit, spreads)
+            term = combine(fit, weights)
             x = vector - fit.center
             scores = np.full(len(tasks), -np.inf)
             scores[np.unique(fit.row_task)] = best_row_per_task(
                 (term.rows @ [*x, 1.0])[None], fit.row_task
             )[0]
             scores -= x @ term.offset @ x
+            for other, near in enumerate(tasks):
+                cosines = near.vectors @ vector + biases[other]
+                kept = cosines[near.folds != row % FOLDS]
+                scores[other] += weight * max(kept, default=-1.25)
             assert found.task[place] == number
             ranked = np.sort(scores)[::-1]
             np.testing.assert_allclose(found.own[place], scores[number], rtol=1e-4, atol=1e-4)
@@ -63,7 +80,34 @@ def test_own_scores_are_those_of_the_own_task_and_leave_out_rows_that_have_none(
         fitter = lda_fitter(wide_background(DIMENSION))
         _, folds = fitting.fit(fitter, fitter)
         own = fitting.own_scores(folds)
-        found = fitting.score(folds, (1.0, 1.0, 1.0), len(tasks))
+        found = fitting.score(folds, (1.0, 1.0, 1.0))
     assert [len(scores) for scores in own] == [15, 15, 15]
     assert np.isneginf(found.own[15])
     np.testing.assert_allclose(np.sort(np.sum(own, 0)), np.sort(found.own[:15]), rtol=1e-4)
+
+
+def test_contested_rows_are_compared_with_the_tasks_that_come_closest_and_their_own() -> None:
+    rng = np.random.default_rng(2)
+    tasks = [
+        random_task(f"task-{n:02}", rng, rows=12, dimension=DIMENSION, clusters=2)
+        for n in range(15)
+    ]
+    with cross_fitting(pooled(tasks)) as fitting:
+        fitter = lda_fitter(wide_background(DIMENSION))
+        _, folds = fitting.fit(fitter, fitter)
+        contested = fitting.contested(folds, (0.0, 1.0, 0.0), closeness_of(tasks, 1.0), 4 * 15)
+        scored = fitting.score(folds, (0.0, 1.0, 0.0))
+    assert contested.terms.shape == (2, 60, SHORTLIST)
+    places = np.concatenate([fold.places[fold.places % 12 < 4] for fold in folds])
+    np.testing.assert_allclose(contested.own_terms[0], scored.own[places], rtol=1e-4, atol=1e-4)
+    best = contested.terms[0].max(1)
+    np.testing.assert_allclose(best, scored.best[places], rtol=1e-4, atol=1e-4)
+
+
+def test_terms_without_weight_are_left_out_and_closeness_where_there_is_none() -> None:
+    rng = np.random.default_rng(3)
+    tasks = [random_task(name, rng, rows=3, dimension=DIMENSION) for name in "abc"]
+    with cross_fitting(pooled(tasks)) as fitting:
+        fitter = lda_fitter(wide_background(DIMENSION))
+        _, folds = fitting.fit(fitter, fitter)
+        assert fitting.contested(folds, (0.0, 1.0, 1.0), None, 100).terms.shape == (2, 9, 3)

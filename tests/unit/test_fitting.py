@@ -151,14 +151,14 @@ def test_a_nearest_mean_row_depends_on_its_own_task_alone(seed: int, others: int
     assert beside.terms[0].rows[place].tobytes() == alone.tobytes()
 
 
-def test_terms_are_added_up_each_divided_by_its_spread() -> None:
+def test_terms_are_added_up_each_times_its_weight() -> None:
     rng = np.random.default_rng(0)
     tasks = [random_task(name, rng, dimension=DIMENSION) for name in "ab"]
     fit = lda_fitter(a_background(rng))(moments_of(tasks))
     points = rng.normal(size=(5, DIMENSION))
     together = scores_of_term(combine(fit, (2.0, 0.5, 4.0)), fit, points)
     first, second, third = (scores_of_term(term, fit, points) for term in fit.terms)
-    np.testing.assert_allclose(together, first / 2 + second * 2 + third / 4, rtol=1e-9)
+    np.testing.assert_allclose(together, 2 * first + second / 2 + 4 * third, rtol=1e-9)
 
 
 def test_fits_in_single_precision_score_as_those_in_double() -> None:

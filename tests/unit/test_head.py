@@ -24,7 +24,7 @@ from tests.catalogs import random_task, wide_background
 DIMENSION = 6
 
 
-def a_head(kind: str = "lda", tasks: int = 3) -> Head:
+def a_head(kind: str = "auto", tasks: int = 3) -> Head:
     rng = np.random.default_rng(0)
     pool = PooledMoments(DIMENSION)
     pool.update(
@@ -50,7 +50,14 @@ def test_a_head_survives_being_written_and_read(kind: str) -> None:
     head = empty_head("numbers:1", DIMENSION) if kind == "none" else a_head(kind)
     content = head.to_bytes()
     read = Head.from_bytes(content)
-    for field in ("kind", "encoder", "tasks", "thresholds", "ambiguity_margin"):
+    for field in (
+        "kind",
+        "encoder",
+        "tasks",
+        "thresholds",
+        "ambiguity_margin",
+        "closeness_weight",
+    ):
         assert getattr(read, field) == getattr(head, field)
     assert dict(read.summary) == dict(head.summary)
     for field in ("rows", "row_task", "center", "held_out"):
@@ -76,8 +83,9 @@ def test_names_of_any_alphabet_and_infinite_thresholds_survive() -> None:
     assert read.encoder == head.encoder
 
 
-def test_scores_are_those_of_rows_centre_and_background() -> None:
-    head = a_head()
+@pytest.mark.parametrize("kind", ["auto", "lda"])
+def test_scores_are_those_of_rows_centre_background_and_examples(kind: str) -> None:
+    head = a_head(kind)
     assert head.background is not None
     vectors = np.random.default_rng(1).normal(size=(7, DIMENSION)).astype(np.float32)
     centered = vectors.astype(np.float64) - head.center
@@ -86,6 +94,12 @@ def test_scores_are_those_of_rows_centre_and_background() -> None:
     expected = np.stack(
         [scores[:, head.row_task == task].max(1) for task in range(len(head.tasks))], axis=1
     )
+    assert (head.examples is not None) == (kind == "auto")
+    if head.examples is not None:
+        cosines = vectors @ (head.examples.vectors.T / 2.0**15) + head.examples.biases
+        per_task = np.split(cosines, head.examples.starts[1:-1], axis=1)
+        near = np.stack([cosines.max(1) for cosines in per_task], axis=1)
+        expected += head.closeness_weight * near
     np.testing.assert_allclose(head.scores(vectors), expected, rtol=1e-3, atol=1e-3)
 
 
@@ -94,7 +108,7 @@ def test_the_best_task_is_the_one_with_the_highest_score_and_the_first_of_equals
     vectors = np.random.default_rng(1).normal(size=(50, DIMENSION)).astype(np.float32)
     found = head.best_tasks(vectors)
     np.testing.assert_array_equal(found, head.scores(vectors).argmax(1))
-    same = replace(head, rows=np.repeat(head.rows[:1], len(head.rows), axis=0))
+    same = replace(head, rows=np.repeat(head.rows[:1], len(head.rows), axis=0), examples=None)
     assert not same.best_tasks(vectors).any()
 
 
@@ -154,8 +168,18 @@ def rebuilt(
         lambda tensors, about: tensors.update(thresholds=np.zeros(2)),
         lambda tensors, about: tensors.update(row_task=tensors["row_task"] + 1),
         lambda tensors, about: tensors.update(row_task=np.zeros_like(tensors["row_task"])),
-        lambda tensors, about: about.update(format=2),
+        lambda tensors, about: about.update(format=1),
         lambda tensors, about: about.pop("format"),
+        lambda tensors, about: about.pop("closeness_weight"),
+        lambda tensors, about: tensors.pop("example_starts"),
+        lambda tensors, about: tensors.pop("example_biases"),
+        lambda tensors, about: tensors.update(examples=tensors["examples"][:-1].copy()),
+        lambda tensors, about: tensors.update(examples=tensors["examples"][:, :-1].copy()),
+        lambda tensors, about: tensors.update(examples=tensors["examples"].astype(np.float32)),
+        lambda tensors, about: tensors.update(example_biases=tensors["example_biases"] * np.nan),
+        lambda tensors, about: tensors.update(example_starts=tensors["example_starts"][1:].copy()),
+        lambda tensors, about: tensors.update(example_starts=tensors["example_starts"] + 1),
+        lambda tensors, about: tensors.update(example_starts=np.array([0, 40, 20, 60])),
         lambda tensors, about: about.pop("tasks"),
         lambda tensors, about: about.update(tasks=about["tasks"][:-1]),
         lambda tensors, about: about.update(tasks=[["only a name"]] * 3),

@@ -21,7 +21,7 @@ from tests.fakes import make_snapshot
 DIMENSION = 12
 
 
-def a_head(kind: str = "lda", tasks: int = 30) -> Head:
+def a_head(kind: str = "auto", tasks: int = 30) -> Head:
     rng = np.random.default_rng(0)
     pool = PooledMoments(DIMENSION)
     pool.update(
@@ -112,7 +112,7 @@ def test_the_number_of_candidates_asked_for_changes_nothing_else(kind: str) -> N
 def test_every_decision_names_the_revision_and_whether_its_text_was_cut() -> None:
     vectors = unit_vectors(3, 3)
     cut = np.array([False, True, False])
-    decisions = SNAPSHOTS["lda"].decide(Embeddings(vectors, cut))
+    decisions = SNAPSHOTS["auto"].decide(Embeddings(vectors, cut))
     assert [decision.truncated for decision in decisions] == [False, True, False]
     assert {decision.revision for decision in decisions} == {5}
 
@@ -139,7 +139,7 @@ def test_a_single_task_is_never_ambiguous(kind: str) -> None:
 
 
 def test_deciding_about_nothing_gives_nothing() -> None:
-    assert SNAPSHOTS["lda"].decide(embeddings(unit_vectors(0, 0))) == []
+    assert SNAPSHOTS["auto"].decide(embeddings(unit_vectors(0, 0))) == []
 
 
 def test_a_task_that_is_not_served_is_not_found() -> None:

@@ -157,18 +157,18 @@ def test_a_policy_change_holds_until_it_is_changed_again(workshop: Workshop) -> 
 
     assert publish_with("a", None) == Policy()
     nearest = PolicyChange(head="nearest-mean", false_reject_rate=0.1)
-    assert publish_with("b", nearest) == Policy("nearest-mean", 0.1, 0.01)
-    assert publish_with("c", PolicyChange()) == Policy("nearest-mean", 0.1, 0.01)
+    assert publish_with("b", nearest) == Policy("nearest-mean", 0.1, 0.005)
+    assert publish_with("c", PolicyChange()) == Policy("nearest-mean", 0.1, 0.005)
     assert publish_with("d", PolicyChange(ambiguous_rate=0.2)) == Policy("nearest-mean", 0.1, 0.2)
     assert publish_with("e", PolicyChange(head="lda")) == Policy("lda", 0.1, 0.2)
     kinds = [load(workshop.home, revision).kind for revision in range(1, 6)]
-    assert kinds == ["lda", "nearest-mean", "nearest-mean", "nearest-mean", "lda"]
+    assert kinds == ["auto", "nearest-mean", "nearest-mean", "nearest-mean", "lda"]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (PolicyChange(head="ridge"), "head: ridge; choose one of lda, nearest-mean"),
+        (PolicyChange(head="ridge"), "head: ridge; choose one of auto, lda, nearest-mean"),
         (PolicyChange(false_reject_rate=-0.1), "false_reject_rate: -0.1; give a share"),
         (PolicyChange(false_reject_rate=0.6), "false_reject_rate: 0.6"),
         (PolicyChange(false_reject_rate=float("nan")), "false_reject_rate: nan"),

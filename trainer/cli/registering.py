@@ -128,10 +128,15 @@ def register(
         ),
     ] = 60.0,
     head: Annotated[
-        str | None, typer.Option(help="Set the catalog's head: lda or nearest-mean.")
+        str | None,
+        typer.Option(
+            help="Set the catalog's head: auto (terms weighed on held-out rows), lda (the same "
+            "without stored rows) or nearest-mean."
+        ),
     ] = None,
     false_reject_rate: Annotated[
-        float | None, typer.Option(help="Share of a task's own inputs that may be called unknown.")
+        float | None,
+        typer.Option(help="Share of the tasks' own inputs that may be unknown or ambiguous."),
     ] = None,
     home: Home = None,
     encoder: EncoderName = DEFAULT_ENCODER,

@@ -1,0 +1,166 @@
+"""Closeness: how near a text is to the nearest stored row of a task.
+
+Means and covariances smooth over what a task's rows are really like. The cosine to the nearest
+stored row tells what they leave out: it decides between tasks that lie close together, and it
+keeps texts away that lie between a task's rows and text in general. A row that is alone reaches
+further than one in a crowd: a quarter of the cosine to its own nearest neighbour is taken off
+(after the local outlier factor, Breunig et al. 2000).
+
+A head keeps a bounded sample for that: at most 16,384 rows in all (24 MiB at 768 dimensions), the
+same number of each task and at most 256, and none where that would be fewer than four. A search
+looks at the rows of the eight tasks that are best without them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router.interfaces import FloatArray
+from router.statistics import FIXED_POINT, FOLDS, TaskStatistics
+
+MAX_EXAMPLES = 16_384
+MAX_EXAMPLES_PER_TASK = 256
+LEAST_EXAMPLES_PER_TASK = 4
+SHORTLIST = 8
+
+# How much of the cosine to its nearest neighbour an example gives up, and what a lone one does.
+_CROWDING = np.float32(0.25)
+_COSINE_WHEN_ALONE = np.float32(0.5)
+
+# Less than any closeness, for a task none of whose rows may be looked at.
+_LEAST_CLOSENESS = np.float32(-1.25)
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """Stored rows of the tasks: fixed-point embeddings `[E, D]` int16, and biases `[E]`.
+
+    Those of task t are `starts[t]` to `starts[t + 1]` (`starts` is `[K + 1]`). Example i of a task
+    is its stored row i.
+    """
+
+    vectors: NDArray[np.int16]
+    biases: FloatArray
+    starts: NDArray[np.int64]
+
+    def fit(self, tasks: int, dimension: int) -> bool:
+        """Whether these are examples for so many tasks in so many dimensions."""
+        return (
+            self.vectors.ndim == 2
+            and self.vectors.shape[1] == dimension
+            and self.vectors.dtype == np.int16
+            and self.biases.shape == (len(self.vectors),)
+            and bool(np.isfinite(self.biases).all())
+            and self.starts.shape == (tasks + 1,)
+            and int(self.starts[0]) == 0
+            and int(self.starts[-1]) == len(self.vectors)
+            and bool((np.diff(self.starts) > 0).all())
+        )
+
+    def rows(self, center: FloatArray) -> FloatArray:
+        """Rows `[E, D + 1]`: with a query `[x - center ; 1]` the cosine to x plus the bias."""
+        vectors = _floats(self.vectors)
+        return np.concatenate([vectors, (vectors @ center + self.biases)[:, None]], axis=1)
+
+
+def sample_examples(tasks: Sequence[TaskStatistics]) -> Examples | None:
+    """The first rows of every task, as good as drawn; None where there are too many tasks.
+
+    How many depends on the number of tasks alone, so that the same tasks give the same examples.
+    """
+    most = min(MAX_EXAMPLES // max(len(tasks), 1), MAX_EXAMPLES_PER_TASK)
+    if not tasks or most < LEAST_EXAMPLES_PER_TASK:
+        return None
+    chosen = [task.embeddings[:most] for task in tasks]
+    return Examples(
+        np.concatenate(chosen),
+        np.concatenate([_crowding(vectors) for vectors in chosen]),
+        np.cumsum([0, *map(len, chosen)], dtype=np.int64),
+    )
+
+
+def _crowding(fixed: NDArray[np.int16]) -> FloatArray:
+    """The bias `[n]` of each of a task's examples."""
+    vectors = _floats(fixed)
+    cosines = vectors @ vectors.T
+    np.fill_diagonal(cosines, _LEAST_CLOSENESS)
+    nearest = cosines.max(1) if len(fixed) > 1 else np.full(1, _COSINE_WHEN_ALONE)
+    return np.asarray(-_CROWDING * nearest, np.float32)
+
+
+def _floats(fixed: NDArray[np.int16]) -> FloatArray:
+    return fixed.astype(np.float32) / np.float32(FIXED_POINT)
+
+
+class Closeness:
+    """Products with the best example of a task, times `weight`. Threads may share it."""
+
+    def __init__(self, rows: FloatArray, starts: NDArray[np.int64], weight: float) -> None:
+        """Take rows `[E, W]`; those of task t are `starts[t]` to `starts[t + 1]`."""
+        self._of_task = np.split(np.ascontiguousarray(rows, np.float32), starts[1:-1])
+        self.weight = np.float32(weight)
+
+    def of(
+        self, queries: FloatArray, tasks: NDArray[np.int64], without_fold: int | None = None
+    ) -> FloatArray:
+        """Closeness `[B, S]` of each query `[B, W]` to each of its tasks `[B, S]`.
+
+        Examples of the fold `without_fold` are left out.
+        """
+        nearest = np.full(tasks.shape, _LEAST_CLOSENESS)
+        if not tasks.size:
+            return nearest
+        order = np.argsort(tasks, axis=None, kind="stable")
+        numbers, starts = np.unique(tasks.ravel()[order], return_index=True)
+        for number, places in zip(numbers, np.split(order, starts[1:]), strict=True):
+            row, column = np.divmod(places, tasks.shape[1])
+            cosines = queries[row] @ self._of_task[number].T
+            if without_fold is not None:
+                cosines[:, without_fold::FOLDS] = _LEAST_CLOSENESS
+            if cosines.shape[1]:
+                nearest[row, column] = cosines.max(1)
+        return nearest * self.weight
+
+    def add_to_best(
+        self,
+        scores: FloatArray,
+        tasks: NDArray[np.int64],
+        queries: FloatArray,
+        without_fold: int | None = None,
+    ) -> None:
+        """Add to scores `[B, N]` of tasks `[B, N]`, best first. Only the best ones' are looked at.
+
+        The others get the least that one of those got, so that they stay behind.
+        """
+        if not scores.size:
+            return
+        added = self.of(queries, tasks[:, :SHORTLIST], without_fold)
+        scores[:, :SHORTLIST] += added
+        scores[:, SHORTLIST:] += added.min(1, keepdims=True)
+
+    def add_to(
+        self, scores: FloatArray, queries: FloatArray, without_fold: int | None = None
+    ) -> None:
+        """Add to scores `[B, K]` of all tasks, in the order of their numbers, as `add_to_best`."""
+        if not scores.size:
+            return
+        tasks = best_first(scores)
+        added = self.of(queries, tasks, without_fold)
+        least = added.min(1, keepdims=True)
+        best = np.take_along_axis(scores, tasks, 1) + added
+        scores += least
+        np.put_along_axis(scores, tasks, best, 1)
+
+
+def best_first(scores: FloatArray) -> NDArray[np.int64]:
+    """The tasks on the shortlist `[B, S]`, best first, from the scores `[B, K]` of all."""
+    if scores.shape[1] > SHORTLIST:
+        tasks = np.sort(np.argpartition(-scores, SHORTLIST - 1, axis=1)[:, :SHORTLIST], axis=1)
+    else:
+        tasks = np.broadcast_to(np.arange(scores.shape[1]), scores.shape)
+    order = np.argsort(-np.take_along_axis(scores, tasks, 1), axis=1, kind="stable")
+    return np.take_along_axis(tasks, order, 1)

@@ -1,0 +1,61 @@
+"""Weighs the terms of a score by how well they tell the tasks apart on held-out rows.
+
+Which term deserves trust differs: where tasks are of different kinds the discriminant is nearly all
+that counts, between close intents the cosines count as much. The weights maximise the likelihood of
+each held-out row's own task under a softmax over the best tasks (stacking, Wolpert 1992, with a
+conditional logit, McFadden 1974). A penalty draws them to fixed ones where rows are few.
+
+Scores get a unit from that: a difference of 1 between two tasks makes the better one e times as
+likely as the other.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router.interfaces import FloatArray
+from router.statistics import ExactArray
+
+_PENALTY = 0.1
+_STEPS = 50
+_LARGEST_STEP = 3.0
+
+
+def weigh(terms: FloatArray, own: NDArray[np.int64], prior: tuple[float, ...]) -> tuple[float, ...]:
+    """Weights `[J]`, none negative, for terms `[J, N, S]` of which `own` `[N]` are the right ones.
+
+    `prior` is what the weights are without rows, in the units of terms of unit spread. The same
+    input gives the same bits.
+    """
+    weights = np.array(prior, np.float64)
+    if terms.shape[1] == 0:
+        return prior
+    free = np.ones(len(weights), np.bool_)
+    while free.any():
+        weights[free] = _fitted(terms[free].astype(np.float64), own, np.array(prior)[free])
+        if (weights >= 0).all():
+            break
+        # A term that would count against a task is left out, and the others are fitted again.
+        free &= weights > 0
+        weights[~free] = 0.0
+    return tuple(weights.tolist())
+
+
+def _fitted(terms: ExactArray, own: NDArray[np.int64], prior: ExactArray) -> ExactArray:
+    """The penalised maximum of the likelihood, by Newton's method: it is concave."""
+    weights = prior.copy()
+    right = terms[:, np.arange(len(own)), own]
+    for _ in range(_STEPS):
+        scores = np.einsum("j,jns->ns", weights, terms)
+        likely = np.exp(scores - scores.max(1, keepdims=True))
+        likely /= likely.sum(1, keepdims=True)
+        expected = np.einsum("jns,ns->jn", terms, likely)
+        gradient = (right - expected).sum(1) - _PENALTY * (weights - prior)
+        spread = np.einsum("jns,kns,ns->jk", terms, terms, likely) - expected @ expected.T
+        step = np.linalg.solve(spread + _PENALTY * np.eye(len(weights)), gradient)
+        largest = float(np.abs(step).max())
+        weights += step * min(1.0, _LARGEST_STEP / max(largest, 1e-12))
+        if largest < 1e-6:
+            break
+    return weights

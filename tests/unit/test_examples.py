@@ -1,0 +1,108 @@
+"""Closeness to stored rows: bounded, the same for the same tasks, and against plain formulas."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from router.examples import (
+    LEAST_EXAMPLES_PER_TASK,
+    MAX_EXAMPLES,
+    MAX_EXAMPLES_PER_TASK,
+    SHORTLIST,
+    Closeness,
+    sample_examples,
+)
+from router.index import CentroidIndex
+from router.statistics import TaskStatistics
+from router.tasks import TaskKey
+from tests.catalogs import random_task
+
+DIMENSION = 8
+
+
+def tasks_of(rng: np.random.Generator, count: int, rows: int = 6) -> list[TaskStatistics]:
+    return [
+        random_task(f"task-{n:03}", rng, rows=rows, dimension=DIMENSION, spread=1.0)
+        for n in range(count)
+    ]
+
+
+@pytest.mark.parametrize("tasks", [1, 3, 70, 500])
+def test_examples_are_the_first_rows_of_each_task_and_bounded_in_all(tasks: int) -> None:
+    made = tasks_of(np.random.default_rng(0), tasks, rows=300)
+    examples = sample_examples(made)
+    assert examples is not None
+    assert len(examples.vectors) <= MAX_EXAMPLES
+    counts = np.diff(examples.starts)
+    assert (counts == min(MAX_EXAMPLES_PER_TASK, MAX_EXAMPLES // tasks)).all()
+    for number, task in enumerate(made):
+        mine = examples.vectors[examples.starts[number] : examples.starts[number + 1]]
+        np.testing.assert_array_equal(mine, task.embeddings[: len(mine)])
+
+
+def test_too_many_tasks_have_no_examples_and_neither_has_none() -> None:
+    assert sample_examples([]) is None
+    task = random_task("a", np.random.default_rng(0), rows=2, dimension=2)
+    most = MAX_EXAMPLES // LEAST_EXAMPLES_PER_TASK
+    assert sample_examples([task] * most) is not None
+    assert sample_examples([task] * (most + 1)) is None
+
+
+def test_closeness_is_the_cosine_to_the_nearest_example_less_a_quarter_of_that_ones_own() -> None:
+    rng = np.random.default_rng(1)
+    tasks = [*tasks_of(rng, 4), random_task("task-9", rng, rows=1, dimension=DIMENSION)]
+    examples = sample_examples(tasks)
+    assert examples is not None
+    center = rng.normal(size=DIMENSION).astype(np.float32) / 3
+    closeness = Closeness(examples.rows(center), examples.starts, weight=2.0)
+    points = random_task("points", rng, rows=9, dimension=DIMENSION, spread=3.0).vectors
+    queries = np.concatenate([points - center, np.ones((9, 1), np.float32)], axis=1)
+    wanted = rng.integers(0, 5, size=(9, 3))
+    for row, point in enumerate(points):
+        for column, number in enumerate(wanted[row]):
+            rows = tasks[number].vectors
+            among = rows @ rows.T - 9 * np.eye(len(rows))
+            nearest = among.max(1) if len(rows) > 1 else np.array([0.5])
+            expected = 2 * (rows @ point - nearest / 4).max()
+            found = closeness.of(queries, wanted)[row, column]
+            assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_index_adds_closeness_for_the_best_tasks_and_the_others_stay_behind() -> None:
+    rng = np.random.default_rng(2)
+    tasks = tasks_of(rng, 20)
+    examples = sample_examples(tasks)
+    assert examples is not None
+    closeness = Closeness(
+        examples.rows(np.zeros(DIMENSION, np.float32)), examples.starts, weight=5.0
+    )
+    means = np.stack([task.vectors.mean(0) for task in tasks])
+    rows = np.concatenate([means, np.zeros((20, 1))], axis=1).astype(np.float32)
+    index = CentroidIndex(rows, np.arange(20), closeness)
+    points = random_task("points", rng, rows=50, dimension=DIMENSION, spread=3.0).vectors
+    queries = np.concatenate([points, np.ones((50, 1), np.float32)], axis=1)
+    without = queries @ rows.T
+    expected = without.copy()
+    closeness.add_to(expected, queries)
+    scores, found = index.search(queries, 20)
+    np.testing.assert_allclose(scores, -np.sort(-expected, axis=1), rtol=1e-5, atol=1e-5)
+    for row in range(50):
+        shortlist = np.argsort(-without[row], kind="stable")[:SHORTLIST]
+        assert set(found[row, :SHORTLIST]) == set(shortlist)
+        all_of_them = closeness.of(queries[row : row + 1], shortlist[None])[0]
+        np.testing.assert_allclose(
+            expected[row, shortlist], without[row, shortlist] + all_of_them, atol=1e-5
+        )
+    # However few are asked for, the best are the same.
+    for k in (1, 2, 9):
+        some_scores, some = index.search(queries, k)
+        np.testing.assert_array_equal(some, found[:, :k])
+        np.testing.assert_allclose(some_scores, scores[:, :k], atol=1e-5)
+
+
+def test_identical_rows_of_a_task_are_fine() -> None:
+    vectors = np.full((5, 4), 16384, np.int16)
+    examples = sample_examples([TaskStatistics(TaskKey("a", 1), vectors, np.zeros(5, np.int16))])
+    assert examples is not None
+    np.testing.assert_allclose(examples.biases, -0.25, atol=1e-6)
