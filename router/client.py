@@ -25,7 +25,7 @@ from router.v1 import task_pb2
 from router.v1 import task_service_pb2 as task_messages
 from router.v1.router_service_pb2_grpc import RouterServiceStub
 from router.v1.task_service_pb2_grpc import TaskServiceStub
-from router.wire import answer_value, prompt_method_value
+from router.wire import PROMPT_METHODS, answer_value
 from router.wire_decisions import decision_value, explanation_value, rejection_message
 
 Response = TypeVar("Response")
@@ -237,9 +237,15 @@ class RouterClient:
         tensor = b"".join(part.chunk for part in parts[1:])
         if hashlib.sha256(tensor).hexdigest() != description.sha256:
             raise RouterError("DATA_LOSS", f"the prompt of {task} arrived damaged; try again")
+        if description.method not in PROMPT_METHODS:
+            raise RouterError(
+                "UNIMPLEMENTED",
+                f"the prompt of {task} is of method {description.method}, which this client does"
+                " not know; upgrade it",
+            )
         tokens, *shape = description.shape
         values = np.frombuffer(tensor, "<f4").astype(np.float32).reshape(tokens, -1)
-        method = prompt_method_value(description.method)
+        method = PROMPT_METHODS[description.method]
         layers = int(shape[0]) if method == "prefix" else 0
         return SoftPrompt(values, description.base_model, method, layers)
 

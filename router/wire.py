@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TypeVar
@@ -56,7 +56,13 @@ _FINISH_REASONS = {
 }
 _FINISH_REASON_VALUES = {message: value for value, message in _FINISH_REASONS.items()}
 
-_PROMPT_METHODS: dict[PromptMethod, task_pb2.PromptMethod.ValueType] = {
+# Servers of before there were prefixes do not say the method.
+PROMPT_METHODS: Mapping[int, PromptMethod] = {
+    task_pb2.PROMPT_METHOD_UNSPECIFIED: "prompt",
+    task_pb2.PROMPT_METHOD_PROMPT: "prompt",
+    task_pb2.PROMPT_METHOD_PREFIX: "prefix",
+}
+_PROMPT_METHODS = {
     "prompt": task_pb2.PROMPT_METHOD_PROMPT,
     "prefix": task_pb2.PROMPT_METHOD_PREFIX,
 }
@@ -199,11 +205,6 @@ def task_message(task: ServedTask, threshold: float) -> task_pb2.Task:
 def prompt_method_message(method: PromptMethod) -> task_pb2.PromptMethod.ValueType:
     """A prompt's method to its message; unspecified for one that this version does not know."""
     return _PROMPT_METHODS.get(method, task_pb2.PROMPT_METHOD_UNSPECIFIED)
-
-
-def prompt_method_value(message: task_pb2.PromptMethod.ValueType) -> PromptMethod:
-    """The method that `prompt_method_message` wrote; a server of old knew one only."""
-    return "prefix" if message == task_pb2.PROMPT_METHOD_PREFIX else "prompt"
 
 
 def timestamp(at: datetime) -> Timestamp:

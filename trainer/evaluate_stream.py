@@ -48,12 +48,8 @@ from trainer.evaluation_rows import (
     task_names,
 )
 from trainer.metrics import StreamFigures
-from trainer.register import (
-    MIN_ROWS_FOR_PROMPT,
-    MIN_ROWS_FOR_ROUTING,
-    Progress,
-    register,
-)
+from trainer.preparing import MIN_ROWS_FOR_PROMPT, MIN_ROWS_FOR_ROUTING
+from trainer.register import Progress, register
 from trainer.task_map import TaskMap, task_map
 from trainer.tuning_settings import TuningSettings
 from trainer.workshop import Published, Workshop

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 
 import numpy as np
@@ -19,24 +18,23 @@ from router.errors import InvalidInputError, PromptyardError, RefusedError, shor
 from router.interfaces import Embeddings, LanguageModel
 from router.loading import CLUSTERS_TENSOR, EMBEDDINGS_TENSOR, PROMPT_TENSORS
 from router.statistics import to_fixed_point
-from router.tasks import PromptSummary, TaskRecord, check_task_name
-from trainer.admission import Registered, SuspectInput, next_revision
+from router.tasks import PromptSummary, TaskRecord
+from trainer.admission import Registered, SuspectInput
 from trainer.catalog_writer import now
 from trainer.checkpoint import DEFAULT_SECONDS, Checkpoints
 from trainer.clustering import cluster
 from trainer.commands import PolicyChange, RegisterTask
-from trainer.data import Example, LabelledFile, closed_outputs, read_labelled, split, summarise
+from trainer.data import LabelledFile, summarise
 from trainer.gate import DEFAULT_GATE_LIMIT, InterferenceError
 from trainer.initialisation import Start
 from trainer.nearest_prompts import nearest_prompts
+from trainer.preparing import Prepared, prepare
 from trainer.prompt_import import import_prompt
 from trainer.tuned_prompt import TunedPrompt, TuningFailure, training_curve
 from trainer.tuning import tune
 from trainer.tuning_settings import TuningJob, TuningSettings
 from trainer.workshop import Published, Workshop
 
-MIN_ROWS_FOR_ROUTING = 2
-MIN_ROWS_FOR_PROMPT = 8
 CHECKPOINTS_FOLDER = "checkpoints"
 _EMBED_ROWS = 256
 # What the bits of a tuned prompt may depend on.
@@ -44,18 +42,6 @@ _VERSIONED = ("promptyard", "torch", "transformers")
 
 # progress(task or "", stage, done, total)
 Progress = Callable[[str, str, int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A request whose data was read and checked."""
-
-    request: RegisterTask
-    revision: int
-    file: LabelledFile
-    outputs: tuple[str, ...] | None
-    train: Sequence[Example]
-    validation: Sequence[Example]
 
 
 def register(
@@ -83,7 +69,7 @@ def register(
     workshop.check_encoder()
     workshop.policy(change)
     failures: dict[str, PromptyardError] = {}
-    prepared = list(_each(requests, lambda request: prepare(workshop, request), failures))
+    prepared = list(_each(requests, lambda request: prepare(workshop.catalog, request), failures))
     checkpoints = Checkpoints(workshop.home / CHECKPOINTS_FOLDER, checkpoint_seconds)
     prompts = _tune(workshop, prepared, base_model, settings, failures, progress, checkpoints)
     records = []
@@ -146,36 +132,6 @@ def _suspects(
         for suspect in published.gate.suspects
     ]
     return tuple(sorted(suspects, key=lambda suspect: suspect.decided is None))
-
-
-def prepare(workshop: Workshop, request: RegisterTask) -> Prepared:
-    """Check the request and read its data.
-
-    Raises:
-        InvalidInputError: the name or the data cannot be used.
-        TaskExistsError: the task exists, and `revise` is not set.
-        TaskNotFoundError: `revise` is set, and the task does not exist.
-    """
-    check_task_name(request.name)
-    revision = next_revision(workshop.catalog.newest_record(request.name), request)
-    file = read_labelled(
-        request.data,
-        request.fields,
-        with_output=request.with_prompt,
-        drop_duplicates=request.drop_duplicates,
-        min_rows=MIN_ROWS_FOR_PROMPT if request.with_prompt else MIN_ROWS_FOR_ROUTING,
-    )
-    if not request.with_prompt:
-        return Prepared(request, revision, file, None, file.examples, ())
-    outputs = None if request.free_text else closed_outputs(file.examples)
-    if outputs is not None and len(outputs) < 2:
-        raise InvalidInputError(
-            f"{request.data}: field {request.fields.output!r}",
-            f"only {outputs[0]!r}",
-            "give rows of at least two outputs, or --no-prompt to route only",
-        )
-    train, validation = split(file.examples)
-    return Prepared(request, revision, file, outputs, train, validation)
 
 
 def check_prompt(request: RegisterTask, tuned: TunedPrompt) -> None:

@@ -8,8 +8,9 @@ from dataclasses import fields, replace
 from router.errors import InvalidInputError
 from trainer.tuning_settings import TuningSettings
 
-# What suits prefixes where the defaults are chosen for prompts.
-_OF_METHOD: Mapping[str, Mapping[str, float]] = {"prefix": {"learning_rate": 0.03}}
+# What suits prefixes where the defaults are chosen for prompts: of 0.01, 0.03 and 0.1, the best on
+# the validation rows of the example tasks, 60 steps on the embedded base model.
+_OF_METHOD: Mapping[str, Mapping[str, float]] = {"prefix": {"learning_rate": 0.1}}
 _NUMBERS: Mapping[str, tuple[type, ...]] = {"int": (int,), "float": (int, float)}
 
 

@@ -62,13 +62,14 @@ class Seq2SeqLanguageModel(TorchLanguageModel):
 
     @cached_property
     def _projections(self) -> list[Projections]:
-        return key_value_projections(self.network.get_encoder(), self.network.config)
+        encoder = self.network.get_encoder()
+        return key_value_projections(encoder, encoder.config)
 
     @property
     def prefix_shape(self) -> PrefixShape:
         layers = self._projections
         size = layers[0][0].out_features
-        heads = int(self.network.config.num_attention_heads)
+        heads = int(self.network.get_encoder().config.num_attention_heads)
         return PrefixShape(len(layers), heads, size // heads)
 
     def keys_and_values(self, prompt: Tensor) -> Tensor:

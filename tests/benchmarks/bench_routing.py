@@ -36,7 +36,7 @@ from trainer import metrics
 from trainer.commands import PolicyChange, RegisterTask
 from trainer.evaluation_rows import task_names
 from trainer.register import register
-from trainer.tuning import TuningSettings
+from trainer.tuning_settings import TuningSettings
 from trainer.workshop import Workshop
 
 DATA_VARIABLE = "PROMPTYARD_BENCH_DATA"

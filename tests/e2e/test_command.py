@@ -407,7 +407,7 @@ def test_flags_win_over_the_manifest_and_that_over_the_defaults(tmp_path: Path) 
     assert (task["prompt"]["tokens"], task["prompt"]["steps"]) == (4, 2)
     assert task["prompt"]["method"] == "prefix"
     settings = task["prompt"]["settings"]
-    assert (settings["clip_norm"], settings["seeds"], settings["learning_rate"]) == (1.0, 2, 0.03)
+    assert (settings["clip_norm"], settings["seeds"], settings["learning_rate"]) == (1.0, 2, 0.1)
     manifest.write_text("tasks: [{name: other, data: weather.jsonl}]\ntuning: {lenght: 4}\n")
     error = document(promptyard(*arguments, *options), exit_code=2)["error"]
     assert error["field"] == "tuning setting"

@@ -23,7 +23,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 from grpc_status import rpc_status
 
 from router.batching import BatchLimits
-from router.client import RouterClient
+from router.client import RouterClient, RouterError
 from router.errors import InvalidInputError
 from router.rejection import OnUnknown, RejectionPolicy
 from router.server import RouterServer
@@ -696,6 +696,18 @@ def test_a_prefix_comes_with_its_method_and_its_shape_by_layer(serving: Serving)
         assert listed.prompt.method == task_pb2.PROMPT_METHOD_PREFIX
         list(client.generate("weather", task="weather"))
     assert serving.model.batches[-1][0].method == "prefix"
+
+
+def test_a_client_refuses_a_prompt_of_a_method_that_it_does_not_know(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RouterClient(serving.address) as client:
+        # A server of before there were methods says none.
+        monkeypatch.setattr("router.servicers.prompt_method_message", lambda _: 0)
+        assert client.get_soft_prompt("weather").method == "prompt"
+        monkeypatch.setattr("router.servicers.prompt_method_message", lambda _: 7)
+        with pytest.raises(RouterError, match="method 7, which this client does not know"):
+            client.get_soft_prompt("weather")
 
 
 @pytest.mark.parametrize(

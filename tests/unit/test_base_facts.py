@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,13 @@ import torch
 from click.testing import Result
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import (
+    BertConfig,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    MistralConfig,
+    MistralForCausalLM,
+)
 from typer.testing import CliRunner
 
 from router.backends.language_model import load_language_model
@@ -76,6 +83,24 @@ def test_a_method_that_is_not_allowed_is_named_and_not_tried(
     assert "sliding windows" in found["methods"]["prefix"]
     assert not [each for each in found["checks"] if "prefix" in each["what"]]
     assert all(each["works"] for each in found["checks"])
+
+
+def test_an_encoder_and_a_decoder_put_together_work_too(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = save_small_model("bart", tmp_path / "pair")
+    part = BertConfig(
+        vocab_size=load_language_model(folder, device="cpu").vocabulary_size, hidden_size=32,
+        num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=64, initializer_range=0.3,
+    )  # fmt: skip
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(part, copy.deepcopy(part))
+    config.decoder_start_token_id, config.eos_token_id, config.pad_token_id = 1, 2, 0
+    torch.manual_seed(7)
+    EncoderDecoderModel(config).save_pretrained(folder)
+    model = load_language_model(folder, device="cpu", threads=1)
+    assert describe(model).methods["prefix"] == 4 * 2 * 2 * 32
+    assert [each for each in check(model) if not each.works] == []
 
 
 def test_a_model_that_computes_nothing_finite_is_caught(

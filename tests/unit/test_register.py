@@ -308,6 +308,14 @@ def test_a_home_of_another_encoder_is_refused_before_anything_is_done(
     assert file_digests(workshop.home) == before
 
 
+def test_a_prompt_to_take_and_no_prompt_wanted_is_refused(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    request = routing("weather", rows_at(tmp_path, "weather"), prompt_from=tmp_path)
+    failure = register_only(workshop, request).failures["weather"]
+    assert "give it without --no-prompt" in str(failure)
+
+
 def test_a_prompt_without_a_base_model_is_refused(workshop: Workshop, tmp_path: Path) -> None:
     request = RegisterTask("weather", rows_at(tmp_path, "weather"))
     with pytest.raises(InvalidInputError, match="base model: none; give --base-model"):

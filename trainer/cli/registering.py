@@ -18,20 +18,14 @@ from trainer.cli.console import (
     EncoderName,
     GateLimit,
     Home,
-    error_fields,
     errors_for_people,
-    exit_code,
     home_folder,
-    print_error,
-    print_json,
-    print_table,
     progress_bars,
 )
-from trainer.cli.published import print_effect, print_gate, summary
+from trainer.cli.registered import print_registered
 from trainer.commands import Initialisation
 
 if TYPE_CHECKING:
-    from router.tasks import TaskRecord
     from trainer.admission import Registered
     from trainer.commands import PolicyChange, RegisterTask
 
@@ -113,7 +107,12 @@ def register(
     length: Annotated[int | None, typer.Option(help="Virtual tokens of the prompt.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of the tuning.")] = None,
     initialisation: Annotated[
-        Initialisation | None, typer.Option(help="What the soft prompt starts from.")
+        Initialisation | None,
+        typer.Option(
+            help="What the soft prompt starts from: a similar task's prompt (nearest), the labels "
+            "and the mean states of their rows (examples), the words of instruction and labels "
+            "(text), random words (vocabulary), or what of these does best at first (best)."
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the tuning.")] = None,
     seeds: Annotated[
@@ -196,7 +195,7 @@ def register(
             gate_limit,
             checkpoint_seconds,
         )
-        _print_registered(result, as_json)
+        print_registered(result, as_json)
 
 
 def _register(
@@ -240,45 +239,3 @@ def _register(
                 DEFAULT_GATE_LIMIT if gate_limit is None else gate_limit,
                 checkpoint_seconds,
             )
-
-
-def _print_registered(result: Registered, as_json: bool) -> None:
-    from trainer.gate import InterferenceError
-
-    failures = result.failures
-    refused = [error for error in failures.values() if isinstance(error, InterferenceError)]
-    gate = result.published.gate if result.published else None
-    if gate is None and refused:
-        gate = refused[0].report
-    if as_json:
-        print_json(
-            {
-                "revision": result.published.revision if result.published else None,
-                "registered": [summary(record) for record in result.records],
-                "failed": {name: error_fields(error) for name, error in failures.items()},
-                "report": result.published.report if result.published else None,
-                "gate": gate.document() if gate else None,
-                "suspects": [asdict(suspect) for suspect in result.suspects],
-            }
-        )
-    else:
-        if result.published is not None:
-            print_table(
-                ["task", "revision", "rows", "prompt", "majority", "instruction", "no prompt"],
-                [_scores(record) for record in result.records],
-                title=f"published catalog revision {result.published.revision}",
-            )
-            print_effect(result.published)
-        if gate is not None:
-            print_gate(gate, result.suspects)
-        for name, error in failures.items():
-            print_error(f"{name} was not registered", error)
-    if failures:
-        raise typer.Exit(max(exit_code(error) for error in failures.values()))
-
-
-def _scores(record: TaskRecord) -> list[object]:
-    scores = record.prompt.scores if record.prompt else {}
-    columns = ("prompt", "majority", "instruction", "no_prompt")
-    shown = [f"{scores[column]:.1%}" if column in scores else "-" for column in columns]
-    return [record.name, record.revision, record.data.rows, *shown]

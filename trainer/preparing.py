@@ -1,0 +1,62 @@
+"""Checks a request to register, and reads and splits its data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from router.catalog import CatalogReader
+from router.errors import InvalidInputError
+from router.tasks import check_task_name
+from trainer.admission import next_revision
+from trainer.commands import RegisterTask
+from trainer.data import Example, LabelledFile, closed_outputs, read_labelled, split
+
+MIN_ROWS_FOR_ROUTING = 2
+MIN_ROWS_FOR_PROMPT = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request whose data was read and checked."""
+
+    request: RegisterTask
+    revision: int
+    file: LabelledFile
+    outputs: tuple[str, ...] | None
+    train: Sequence[Example]
+    validation: Sequence[Example]
+
+
+def prepare(catalog: CatalogReader, request: RegisterTask) -> Prepared:
+    """Check the request and read its data.
+
+    Raises:
+        InvalidInputError: the name or the data cannot be used.
+        TaskExistsError: the task exists, and `revise` is not set.
+        TaskNotFoundError: `revise` is set, and the task does not exist.
+    """
+    check_task_name(request.name)
+    if request.prompt_from is not None and not request.with_prompt:
+        raise InvalidInputError(
+            "prompt_from", request.prompt_from, "give it without --no-prompt (with_prompt: false)"
+        )
+    revision = next_revision(catalog.newest_record(request.name), request)
+    file = read_labelled(
+        request.data,
+        request.fields,
+        with_output=request.with_prompt,
+        drop_duplicates=request.drop_duplicates,
+        min_rows=MIN_ROWS_FOR_PROMPT if request.with_prompt else MIN_ROWS_FOR_ROUTING,
+    )
+    if not request.with_prompt:
+        return Prepared(request, revision, file, None, file.examples, ())
+    outputs = None if request.free_text else closed_outputs(file.examples)
+    if outputs is not None and len(outputs) < 2:
+        raise InvalidInputError(
+            f"{request.data}: field {request.fields.output!r}",
+            f"only {outputs[0]!r}",
+            "give rows of at least two outputs, or --no-prompt to route only",
+        )
+    train, validation = split(file.examples)
+    return Prepared(request, revision, file, outputs, train, validation)
