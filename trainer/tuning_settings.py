@@ -55,11 +55,11 @@ class TuningSettings:
     """
 
     length: int = 20
-    learning_rate: float = 0.03
+    learning_rate: float = 0.01
     steps: int = 60
     rows_per_step: int = 8
     warmup_steps: int = 50
-    initialisation: Initialisation = "text"
+    initialisation: Initialisation = "examples"
     validations: int = 6
     patience: int = 4
     refit: Refit = "auto"

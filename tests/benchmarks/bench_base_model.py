@@ -95,6 +95,8 @@ def main() -> int:
         rows_per_step=options.rows_per_step,
         validations=options.validations,
         patience=options.validations,
+        initialisation="text",
+        refit="never",
         seed=options.seed,
     )
     accuracy: dict[str, dict[str, float]] = {}
