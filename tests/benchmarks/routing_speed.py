@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -12,6 +13,7 @@ from threadpoolctl import threadpool_limits
 
 from router.background import measure_background
 from router.compiling import compile_head
+from router.examples import sample_examples
 from router.interfaces import Embeddings, Encoder, FloatArray
 from router.snapshot import Snapshot
 from router.statistics import PooledMoments, TaskStatistics, to_fixed_point
@@ -56,6 +58,9 @@ def head_at_1000_tasks(encoder: Encoder, rows: Sequence[tuple[str, str]]) -> dic
                 dimension=encoder.dimension,
                 background=background,
             )
+            if kind == "auto":
+                # Also where these tasks give the examples no weight: others would.
+                head = replace(head, examples=sample_examples(pool.tasks), closeness_weight=1.0)
             snapshot = Snapshot.build(1, head, {})
             embedded = [encoder.encode([text]) for text in texts[:100]]
             deciding = _median_ms(partial(_decide, snapshot, embedded))
