@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binom
 
 from router.compiling import REJECTED, held_out_by_task
 from router.errors import RefusedError
@@ -25,6 +26,9 @@ from router.tasks import TaskKey
 DEFAULT_GATE_LIMIT = 0.05
 # One row of twenty is 5 %, and may be anything.
 _LEAST_TAKEN_ROWS = 2
+# Five rows of eighty are over 5 %, too, and come from a true 5 % every third time: what is refused
+# would come from the limit at most this often.
+_MOST_CHANCE = 0.1
 _NEAR_DUPLICATE = 0.2
 
 
@@ -44,6 +48,11 @@ class Taken:
     def share(self) -> float:
         """The share of the task's rows."""
         return self.taken / self.rows
+
+    def is_over(self, limit: float) -> bool:
+        """Whether more than `limit` is taken, by more than chance (a one-sided binomial test)."""
+        chance = float(binom.sf(self.taken - 1, self.rows, limit))
+        return self.share > limit and self.taken >= _LEAST_TAKEN_ROWS and chance <= _MOST_CHANCE
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,17 +168,14 @@ def measure(
 def check(report: GateReport, unforced: Collection[TaskKey], limit: float) -> None:
     """Let new tasks pass, or refuse those that take more than `limit` of any other task.
 
-    Those that are not among `unforced` pass. A single row is never too much. Of tasks that come
-    together those that take most are refused first, and what is refused takes and loses nothing.
+    Those that are not among `unforced` pass. A single row is never too much, nor is what chance
+    explains. Of tasks that come together those that take most are refused first, and what is
+    refused takes and loses nothing.
 
     Raises:
         InterferenceError: some take too much, and are not forced.
     """
-    too_much = [
-        t
-        for t in report.taken
-        if t.by in unforced and t.share > limit and t.taken >= _LEAST_TAKEN_ROWS
-    ]
+    too_much = [t for t in report.taken if t.by in unforced and t.is_over(limit)]
     guilty: set[TaskKey] = set()
     # What is taken of old tasks comes first: those are there to stay.
     for taken in sorted(too_much, key=lambda t: t.task in report.new):
