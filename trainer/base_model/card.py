@@ -45,8 +45,8 @@ SHIPPED_RUN = {
     "tuning_rows": "8",
     "test_rows": "250",
     "short_of": (
-        "That is a sixteenth\nof the rows that `make bench-base-model` tunes on: it needs a GPU, and"
-        " has not measured these weights yet,\nnor full fine-tuning of them."
+        "That is a sixteenth\nof the rows that `make bench-base-model` tunes on: it needs a GPU,"
+        " and has not measured these weights yet,\nnor full fine-tuning of them."
     ),
 }
 """What the card says about the run that made the shipped weights; a rebuild changes it."""
