@@ -7,6 +7,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from router.settings import DEFAULT_ENCODER, ServerSettings
 from router.tenants import tenant_home
 
 if TYPE_CHECKING:
+    from router.decision_log import DecisionLog
     from router.loading import ServedModels
     from router.tenant_routers import TenantRouters
 
@@ -120,6 +122,7 @@ def open_routers(
     Raises:
         PromptyardError: the home's own catalog cannot be loaded.
     """
+    from router.decision_log import DecisionLog
     from router.tenant_routers import TenantRouters
     from router.turns import TurnTakingEncoder, TurnTakingModel
 
@@ -130,8 +133,17 @@ def open_routers(
             encoder=TurnTakingEncoder(models.encoder),
             base_model=None if base_model is None else TurnTakingModel(base_model),
         )
-    with router_over(models, settings, observer) as own:
-        routers = TenantRouters(own, lambda tenant: router_over(models, settings, observer, tenant))
+    log = None
+    if settings.decision_log is not None:
+        log = DecisionLog(
+            settings.decision_log,
+            settings.decision_log_share,
+            int(settings.decision_log_mib * 2**20),
+        )
+    with router_over(models, settings, observer, log=log) as own:
+        routers = TenantRouters(
+            own, lambda tenant: router_over(models, settings, observer, tenant, log)
+        )
         try:
             yield routers
         finally:
@@ -140,7 +152,11 @@ def open_routers(
 
 @contextlib.contextmanager
 def router_over(
-    models: Models, settings: ServerSettings, observer: Observer = UNOBSERVED, tenant: str = ""
+    models: Models,
+    settings: ServerSettings,
+    observer: Observer = UNOBSERVED,
+    tenant: str = "",
+    log: DecisionLog | None = None,
 ) -> Iterator[Router]:
     """A router over a tenant's live catalog; nothing but `models` is shared with other routers.
 
@@ -173,7 +189,14 @@ def router_over(
         )
         closing.callback(explainer.close)
         router = Router(
-            live, encoder, answerer, settings.limits, settings.routing_batches, observer, explainer
+            live,
+            encoder,
+            answerer,
+            settings.limits,
+            settings.routing_batches,
+            observer,
+            explainer,
+            None if log is None else partial(log.note, tenant=tenant),
         )
         closing.callback(router.close)
         yield router

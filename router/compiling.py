@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from router.calibrating import fit_probability
 from router.cross_fitting import HeldOutScores, cross_fitting
 from router.fitting import Background, Fitter, combine, fit_nearest_mean, lda_fitter
-from router.head import Head, empty_head
+from router.head import CALIBRATION_LEVELS, Head, empty_head
 from router.interfaces import FloatArray
 from router.statistics import PooledMoments
 from router.tasks import Policy, TaskKey
@@ -64,6 +64,7 @@ def compile_head(
         held_out=decided.astype(np.int32),
         summary=_summary(held_out, decided, margin, policy),
         probability=fit_probability(held_out),
+        calibration=_quantiles(held_out, decided, len(tasks)),
     )
 
 
@@ -117,6 +118,18 @@ def _thresholds(scores: HeldOutScores, tasks: int, rate: float) -> FloatArray:
 def _conformal(scores: FloatArray, rate: float) -> float:
     rank = max(int(rate * (len(scores) + 1)), 1)
     return float(np.partition(scores, rank - 1)[rank - 1]) if len(scores) else -np.inf
+
+
+def _quantiles(
+    scores: HeldOutScores, decided: NDArray[np.int64], tasks: int
+) -> NDArray[np.float64]:
+    """Per task `[K, Q]`, quantiles of the scores of the rows that were decided for it."""
+    found = np.full((tasks, len(CALIBRATION_LEVELS)), np.nan)
+    for number in range(tasks):
+        mine = scores.best[(decided == number) & np.isfinite(scores.best)]
+        if len(mine):
+            found[number] = np.quantile(mine, CALIBRATION_LEVELS, method="inverted_cdf")
+    return found
 
 
 def _ambiguity_margin(scores: HeldOutScores, rate: float) -> float:

@@ -45,7 +45,9 @@ class ServerSettings:
     `router.access`) everybody who reaches the server may call everything. Without `tls` only this
     machine can reach it, unless `insecure` says that others may. `cache_mib` bounds the memory for
     embeddings of texts that were seen lately; 0 remembers none. `log_calls` logs one line a call.
-    Tokens may name up to `max_tenants` tenants; queues, `max_calls` and `cache_mib` are each one's.
+    `decision_log` is the file for a `decision_log_share` of all decisions (see
+    `router.decision_log`), which takes `decision_log_mib` at most. Tokens may name up to
+    `max_tenants` tenants; queues, `max_calls` and `cache_mib` are each one's.
     """
 
     home: Path
@@ -66,6 +68,9 @@ class ServerSettings:
     max_connection_calls: int = 200
     max_tenants: int = DEFAULT_MAX_TENANTS
     cache_mib: float = 64.0
+    decision_log: Path | None = None
+    decision_log_share: float = 1.0
+    decision_log_mib: float = 64.0
     log_calls: bool = False
     limits: Limits = field(default_factory=Limits)
     routing_batches: BatchLimits = ROUTING_BATCHES

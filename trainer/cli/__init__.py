@@ -11,6 +11,7 @@ from trainer.cli import (
     base_models,
     comparing,
     demo,
+    drifting,
     evaluation,
     exchanging,
     inspecting,
@@ -76,6 +77,7 @@ inspecting.add_to(app)
 exchanging.add_to(app)
 operating.add_to(app)
 serving.add_to(app)
+drifting.add_to(app)
 demo.add_to(app)
 comparing.add_to(evaluation.app)
 app.add_typer(evaluation.app, name="evaluate")

@@ -161,6 +161,27 @@ def serve(
             "0: none.",
         ),
     ] = 64.0,
+    decision_log: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="PROMPTYARD_DECISION_LOG",
+            help="Note decisions in this file, without texts, for `promptyard drift`.",
+        ),
+    ] = None,
+    decision_log_share: Annotated[
+        float,
+        typer.Option(
+            min=0, max=1, envvar="PROMPTYARD_DECISION_LOG_SHARE", help="Share of them to note."
+        ),
+    ] = 1.0,
+    decision_log_mib: Annotated[
+        float,
+        typer.Option(
+            min=1,
+            envvar="PROMPTYARD_DECISION_LOG_MIB",
+            help="What the file and the older one beside it may take, in MiB.",
+        ),
+    ] = 64.0,
     log_calls: Annotated[
         bool,
         typer.Option(
@@ -213,6 +234,9 @@ def serve(
             max_connection_calls=max_connection_calls,
             max_tenants=max_tenants,
             cache_mib=cache_mib,
+            decision_log=decision_log,
+            decision_log_share=decision_log_share,
+            decision_log_mib=decision_log_mib,
             log_calls=log_calls,
             limits=limits,
             routing_batches=replace(
