@@ -1,4 +1,4 @@
-"""Who may call what: bearer tokens with roles. A file holds their digests, never the tokens."""
+"""Who may call what: bearer tokens with roles and tenants, in a file that holds digests of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import os
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,8 @@ import structlog
 
 from router.errors import ForbiddenError, InvalidInputError, UnauthenticatedError
 from router.roles import Role
+from router.settings import DEFAULT_MAX_TENANTS
+from router.tenants import check_tenant
 from router.yaml_file import read_yaml
 
 _HEADER = "authorization"
@@ -30,11 +32,15 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """Whom a token was given to, its SHA-256 (hex), and what it may be used for."""
+    """Whom a token was given to, its SHA-256 (hex), what it may be used for, and on which catalog.
+
+    The empty tenant is the home's own catalog.
+    """
 
     name: str
     sha256: str
     roles: frozenset[Role]
+    tenant: str = ""
 
 
 class TokenFile:
@@ -43,15 +49,21 @@ class TokenFile:
     A new version that cannot be used leaves the old tokens in place and is logged.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, max_tenants: int = DEFAULT_MAX_TENANTS) -> None:
         """Raises InvalidInputError: the file cannot be used."""
         self._path = path
+        self._max_tenants = max_tenants
         self._stamp = _stamp(path)
-        self._tokens = read_tokens(path)
+        self._tokens = read_tokens(path, max_tenants)
         self._looked = time.monotonic()
 
-    def check(self, role: Role, metadata: Iterable[tuple[str, str | bytes]]) -> None:
-        """Let a call pass whose metadata bears a token with `role`.
+    def tenants(self) -> frozenset[str]:
+        """The tenants that tokens name."""
+        self._look()
+        return tenants_of(self._tokens)
+
+    def check(self, role: Role, metadata: Iterable[tuple[str, str | bytes]]) -> Token:
+        """Let a call pass whose metadata bears a token with `role`; returns the token.
 
         Raises:
             UnauthenticatedError: there is no token, or none that is known.
@@ -67,6 +79,7 @@ class TokenFile:
             raise ForbiddenError(
                 _HEADER, f"the token of {token.name}", f"it needs the role {role.value!r}"
             )
+        return token
 
     def _look(self) -> None:
         now = time.monotonic()
@@ -78,15 +91,19 @@ class TokenFile:
             return
         self._stamp = stamp
         try:
-            self._tokens = read_tokens(self._path)
+            self._tokens = read_tokens(self._path, self._max_tenants)
         except InvalidInputError as error:
             _log.error("the old tokens stay", problem=str(error))
         else:
             _log.info("tokens read again", tokens=len(self._tokens))
 
 
-def new_token(name: str, roles: Iterable[Role]) -> tuple[str, dict[str, object]]:
+def new_token(
+    name: str, roles: Iterable[Role], tenant: str | None = None
+) -> tuple[str, dict[str, object]]:
     """A new secret token, and its entry for a file of tokens.
+
+    Without a `tenant` it is for the home's own catalog.
 
     Raises:
         InvalidInputError: the entry could not be used.
@@ -97,15 +114,23 @@ def new_token(name: str, roles: Iterable[Role]) -> tuple[str, dict[str, object]]
         "sha256": _digest(secret),
         "roles": sorted({role.value for role in roles}),
     }
+    if tenant is not None:
+        entry["tenant"] = tenant
     _token("token", entry)
     return secret, entry
 
 
-def read_tokens(path: Path) -> dict[str, Token]:
+def tenants_of(tokens: Mapping[str, Token]) -> frozenset[str]:
+    """The tenants of tokens; the home's own catalog is none."""
+    return frozenset(token.tenant for token in tokens.values() if token.tenant)
+
+
+def read_tokens(path: Path, max_tenants: int = DEFAULT_MAX_TENANTS) -> dict[str, Token]:
     """The tokens of a YAML file, by digest.
 
     Raises:
-        InvalidInputError: it cannot be read, or has an entry that cannot be used.
+        InvalidInputError: it cannot be read, has an entry that cannot be used, or names more than
+            `max_tenants` tenants.
     """
     document = read_yaml(path, _MOST_MIB)
     entries = document.get("tokens") if isinstance(document, dict) else None
@@ -123,12 +148,19 @@ def read_tokens(path: Path) -> dict[str, Token]:
             )
         names.add(token.name)
         tokens[token.sha256] = token
+    found = len(tenants_of(tokens))
+    if found > max_tenants:
+        raise InvalidInputError(
+            f"{path}", f"{found} tenants", f"name at most {max_tenants}, or raise --max-tenants"
+        )
     return tokens
 
 
 def _token(where: str, entry: object) -> Token:
-    if not isinstance(entry, dict) or set(entry) != {"name", "sha256", "roles"}:
-        raise InvalidInputError(where, "other keys", "give 'name', 'sha256' and 'roles'")
+    if not isinstance(entry, dict) or set(entry) - {"tenant"} != {"name", "sha256", "roles"}:
+        raise InvalidInputError(
+            where, "other keys", "give 'name', 'sha256' and 'roles', and 'tenant' for a tenant's"
+        )
     name, digest, roles = entry["name"], entry["sha256"], entry["roles"]
     if not isinstance(name, str) or not name:
         raise InvalidInputError(f"{where}, name", repr(name), "say whom the token is for")
@@ -146,7 +178,8 @@ def _token(where: str, entry: object) -> Token:
         raise InvalidInputError(
             f"{where}, roles", roles, f"give a list of some of {', '.join(known)}"
         )
-    return Token(name, digest, frozenset(known[role] for role in roles))
+    tenant = check_tenant(entry["tenant"], f"{where}, tenant") if "tenant" in entry else ""
+    return Token(name, digest, frozenset(known[role] for role in roles), tenant)
 
 
 def _bearer_token(metadata: Iterable[tuple[str, str | bytes]]) -> str:

@@ -6,7 +6,10 @@ import asyncio
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -15,6 +18,12 @@ from router.interfaces import Encoder, LanguageModel, Observer
 from router.observing import UNOBSERVED
 from router.routing import Router
 from router.settings import DEFAULT_ENCODER, ServerSettings
+from router.tenants import tenant_home
+
+if TYPE_CHECKING:
+    from router.decision_log import DecisionLog
+    from router.loading import ServedModels
+    from router.tenant_routers import TenantRouters
 
 _log = structlog.get_logger(__name__)
 
@@ -58,19 +67,22 @@ def load_base_model(
     return load_language_model(name, device=device, threads=threads)
 
 
-@contextlib.contextmanager
-def open_router(settings: ServerSettings, observer: Observer = UNOBSERVED) -> Iterator[Router]:
-    """A router with its models over the live catalog of `settings.home`, warmed up.
+@dataclass(frozen=True, slots=True)
+class Models:
+    """The models of a process, and what they demand of a catalog."""
+
+    encoder: Encoder
+    base_model: LanguageModel | None
+    served: ServedModels
+
+
+def load_models(settings: ServerSettings) -> Models:
+    """The models that `settings` name, warmed up.
 
     Raises:
-        PromptyardError: a model or the catalog cannot be loaded.
+        PromptyardError: one cannot be loaded.
     """
-    from router.artifacts import ArtifactReader
     from router.background import measure_background
-    from router.catalog import ARTIFACTS_FOLDER
-    from router.embedding_cache import CachingEncoder
-    from router.explaining import Explainer
-    from router.live import LiveCatalog
     from router.loading import ServedModels
 
     encoder = load_encoder(
@@ -79,7 +91,7 @@ def open_router(settings: ServerSettings, observer: Observer = UNOBSERVED) -> It
     base_model = load_base_model(
         settings.base_model, device=settings.base_model_device, threads=settings.base_model_threads
     )
-    models = ServedModels(
+    served = ServedModels(
         encoder.fingerprint,
         encoder.dimension,
         measure_background(encoder),
@@ -87,22 +99,104 @@ def open_router(settings: ServerSettings, observer: Observer = UNOBSERVED) -> It
     )
     # The first run of a graph allocates its memory, which the first caller should not wait for.
     encoder.encode(["warm up"])
+    return Models(encoder, base_model, served)
+
+
+@contextlib.contextmanager
+def open_router(settings: ServerSettings, observer: Observer = UNOBSERVED) -> Iterator[Router]:
+    """A router with its models over the live catalog of `settings.home`, warmed up.
+
+    Raises:
+        PromptyardError: a model or the catalog cannot be loaded.
+    """
+    with router_over(load_models(settings), settings, observer) as router:
+        yield router
+
+
+@contextlib.contextmanager
+def open_routers(
+    settings: ServerSettings, models: Models, observer: Observer = UNOBSERVED
+) -> Iterator[TenantRouters]:
+    """The routers of a server: one over `settings.home`, and one for each tenant in turn.
+
+    Raises:
+        PromptyardError: the home's own catalog cannot be loaded.
+    """
+    from router.decision_log import DecisionLog
+    from router.tenant_routers import TenantRouters
+    from router.turns import TurnTakingEncoder, TurnTakingModel
+
+    if settings.tokens is not None:  # which may name tenants, now or later
+        base_model = models.base_model
+        models = replace(
+            models,
+            encoder=TurnTakingEncoder(models.encoder),
+            base_model=None if base_model is None else TurnTakingModel(base_model),
+        )
+    log = None
+    if settings.decision_log is not None:
+        log = DecisionLog(
+            settings.decision_log,
+            settings.decision_log_share,
+            int(settings.decision_log_mib * 2**20),
+        )
+    with router_over(models, settings, observer, log=log) as own:
+        routers = TenantRouters(
+            own, lambda tenant: router_over(models, settings, observer, tenant, log)
+        )
+        try:
+            yield routers
+        finally:
+            routers.close()
+
+
+@contextlib.contextmanager
+def router_over(
+    models: Models,
+    settings: ServerSettings,
+    observer: Observer = UNOBSERVED,
+    tenant: str = "",
+    log: DecisionLog | None = None,
+) -> Iterator[Router]:
+    """A router over a tenant's live catalog; nothing but `models` is shared with other routers.
+
+    Raises:
+        PromptyardError: the catalog cannot be loaded.
+    """
+    from router.artifacts import ArtifactReader
+    from router.catalog import ARTIFACTS_FOLDER
+    from router.embedding_cache import CachingEncoder
+    from router.explaining import Explainer
+    from router.live import LiveCatalog
+
+    home = tenant_home(settings.home, tenant)
+    observer = observer.of(tenant)
+    encoder = models.encoder
     with contextlib.ExitStack() as closing:
-        live = LiveCatalog(settings.home, models, settings.poll_seconds)
+        if tenant:
+            closing.callback(observer.forget)
+        live = LiveCatalog(home, models.served, settings.poll_seconds, tenant)
         closing.callback(live.close)
         live.start()
         answerer = None
-        if base_model is not None:
-            answerer = Answerer(base_model, settings.answer_batches, observer)
+        if models.base_model is not None:
+            answerer = Answerer(models.base_model, settings.answer_batches, observer)
             closing.callback(answerer.close)
         if settings.cache_mib > 0:
             encoder = CachingEncoder(encoder, int(settings.cache_mib * 2**20), observer)
         explainer = Explainer(
-            ArtifactReader(settings.home / ARTIFACTS_FOLDER), models.background, observer
+            ArtifactReader(home / ARTIFACTS_FOLDER), models.served.background, observer
         )
         closing.callback(explainer.close)
         router = Router(
-            live, encoder, answerer, settings.limits, settings.routing_batches, observer, explainer
+            live,
+            encoder,
+            answerer,
+            settings.limits,
+            settings.routing_batches,
+            observer,
+            explainer,
+            None if log is None else partial(log.note, tenant=tenant),
         )
         closing.callback(router.close)
         yield router
@@ -122,7 +216,7 @@ def check_settings(settings: ServerSettings) -> None:
     if settings.metrics is not None:
         check_address(settings.metrics, "metrics")
     if settings.tokens is not None:
-        read_tokens(settings.tokens)
+        read_tokens(settings.tokens, settings.max_tenants)
     if settings.tls is not None:
         check_certificates(settings.tls)
 
@@ -135,25 +229,26 @@ def serve(settings: ServerSettings, announce: Callable[[str], None]) -> None:
             file of tokens or of certificates cannot be used.
     """
     check_settings(settings)
+    models = load_models(settings)
     if settings.metrics is None:
-        with open_router(settings) as router:
-            _run(router, settings, announce)
+        with open_routers(settings, models) as routers:
+            _run(routers, settings, announce)
         return
 
     from router.prometheus import PrometheusMetrics, metrics_port, serving
 
     metrics = PrometheusMetrics()
-    with open_router(settings, metrics) as router:
-        metrics.watch(lambda: serving(router))
+    with open_routers(settings, models, metrics) as routers:
+        metrics.watch(lambda: serving(routers.look()))
         with metrics_port(metrics, settings.metrics) as address:
             _log.info("metrics", address=address)
-            _run(router, settings, announce)
+            _run(routers, settings, announce)
 
 
-def _run(router: Router, settings: ServerSettings, announce: Callable[[str], None]) -> None:
+def _run(routers: TenantRouters, settings: ServerSettings, announce: Callable[[str], None]) -> None:
     from router.server import RouterServer
 
-    server = RouterServer(router, settings, version("promptyard"))
+    server = RouterServer(routers, settings, version("promptyard"))
     asyncio.run(server.run(announce))
 
 
@@ -165,6 +260,7 @@ def log_to_stderr(least: str = "info") -> None:
     structlog.configure(
         wrapper_class=structlog.make_filtering_bound_logger(least),
         processors=[
+            structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,

@@ -16,7 +16,7 @@ from router.calibrating import fit_probability
 from router.cross_fitting import CrossFitting, Fold, HeldOutScores, cross_fitting
 from router.examples import Closeness, Examples, sample_examples
 from router.fitting import Background, Fitter, combine, fit_nearest_mean, lda_fitter
-from router.head import Head, empty_head
+from router.head import CALIBRATION_LEVELS, Head, empty_head
 from router.interfaces import FloatArray
 from router.statistics import PooledMoments
 from router.tasks import Policy, TaskKey
@@ -86,6 +86,7 @@ def compile_head(
         probability=fit_probability(held_out),
         examples=examples if closeness is not None else None,
         closeness_weight=weights.closeness,
+        calibration=_quantiles(held_out, decided, len(tasks)),
     )
 
 
@@ -185,6 +186,18 @@ def _thresholds(scores: HeldOutScores, tasks: int, rate: float) -> FloatArray:
 def _conformal(scores: FloatArray, rate: float) -> float:
     rank = max(int(rate * (len(scores) + 1)), 1)
     return float(np.partition(scores, rank - 1)[rank - 1]) if len(scores) else -np.inf
+
+
+def _quantiles(
+    scores: HeldOutScores, decided: NDArray[np.int64], tasks: int
+) -> NDArray[np.float64]:
+    """Per task `[K, Q]`, quantiles of the scores of the rows that were decided for it."""
+    found = np.full((tasks, len(CALIBRATION_LEVELS)), np.nan)
+    for number in range(tasks):
+        mine = scores.best[(decided == number) & np.isfinite(scores.best)]
+        if len(mine):
+            found[number] = np.quantile(mine, CALIBRATION_LEVELS, method="inverted_cdf")
+    return found
 
 
 def _ambiguity_margin(scores: HeldOutScores, rate: float) -> float:

@@ -7,7 +7,9 @@ import re
 import secrets
 import time
 import traceback
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import grpc
@@ -19,14 +21,15 @@ from grpc import aio
 
 from router.access import TokenFile
 from router.errors import OverloadedError, PromptyardError
-from router.interfaces import Observer
-from router.observing import UNOBSERVED
 from router.roles import ROLE_OF_METHOD
+from router.routing import Router
+from router.tenant_routers import TenantRouters
 from router.wire import Unreadable, failure, request_reader
 
 Context = aio.ServicerContext[Any, Any]
 UnaryHandler = Callable[[Any, Context], Awaitable[Message]]
 StreamHandler = Callable[[Any, Context], AsyncIterator[Message]]
+ServicerOf = Callable[[Router], object]
 
 _REQUEST_ID = "x-request-id"
 # One line, and short: it comes from a caller and ends up in the log.
@@ -35,72 +38,100 @@ _LOGGABLE = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _log = structlog.get_logger(__name__)
 
 
+@dataclass(slots=True)
+class _Call:
+    """A call, and the tenant of its token: empty before it is known, and for none."""
+
+    tenant: str = ""
+
+
 class Edge:
-    """Guards the handlers of all services of a server, and counts their calls together."""
+    """Guards the handlers of all services of a server, and counts their calls together.
+
+    A handler belongs to a servicer over the router of the tenant that the call's token names, and
+    so has no way to another tenant's.
+    """
 
     def __init__(
         self,
+        routers: TenantRouters,
         max_calls: int,
         max_request_bytes: int,
-        observer: Observer = UNOBSERVED,
         access: TokenFile | None = None,
         log_calls: bool = False,
     ) -> None:
-        """Without `access` everybody may call everything. `log_calls` logs one line a call."""
+        """Without `access` everybody may call everything, on the home's own catalog.
+
+        A tenant may have `max_calls` at a time. `log_calls` logs one line a call.
+        """
+        self._routers = routers
         self._max_calls = max_calls
         self._max_request_bytes = max_request_bytes
-        self._observer = observer
         self._access = access
         self._log_calls = log_calls
-        self._calls = 0
+        self._calls: Counter[str] = Counter()
+
+    @property
+    def busy(self) -> frozenset[str]:
+        """The tenants of the calls that are running."""
+        return frozenset(self._calls)
 
     def handlers(
-        self, service: ServiceDescriptor, servicer: object
+        self, service: ServiceDescriptor, servicer_of: ServicerOf
     ) -> grpc.GenericRpcHandler[Any, Any]:
         """Every method of `service`, guarded: handlers raise errors and know no status codes.
+
+        `servicer_of` makes the servicer of a call, over its tenant's router.
 
         A request that cannot be read never reaches a unary handler; a stream's handler sees it
         as an `Unreadable` among its messages, so that it can go on.
         """
         return grpc.method_handlers_generic_handler(
             service.full_name,
-            {
-                method.name: self._handler(method, getattr(servicer, method.name))
-                for method in service.methods
-            },
+            {method.name: self._handler(method, servicer_of) for method in service.methods},
         )
 
     def _handler(
-        self, method: MethodDescriptor, handler: Callable[..., Any]
+        self, method: MethodDescriptor, servicer_of: ServicerOf
     ) -> grpc.RpcMethodHandler[Any, Any]:
         codec = (
             request_reader(GetMessageClass(method.input_type), self._max_request_bytes),
             GetMessageClass(method.output_type).SerializeToString,
         )
         if method.client_streaming:
-            guarded = self._guard_stream(method, handler)
+            guarded = self._guard_stream(method, servicer_of)
             return grpc.stream_stream_rpc_method_handler(guarded, *codec)
         if method.server_streaming:
-            guarded = self._guard_stream(method, handler)
+            guarded = self._guard_stream(method, servicer_of)
             return grpc.unary_stream_rpc_method_handler(guarded, *codec)
-        return grpc.unary_unary_rpc_method_handler(self._guard_unary(method, handler), *codec)
+        return grpc.unary_unary_rpc_method_handler(self._guard_unary(method, servicer_of), *codec)
 
-    def _guard_unary(self, method: MethodDescriptor, handler: UnaryHandler) -> UnaryHandler:
+    def _guard_unary(self, method: MethodDescriptor, servicer_of: ServicerOf) -> UnaryHandler:
         async def call(request: object, context: Context) -> Message:
             request_id = _request_id(context)
             try:
-                with self._observed(method, request_id), self._admitted(method, context):
+                with (
+                    self._observed(method, request_id) as about,
+                    self._admitted(method, context, about),
+                ):
+                    router = await self._routers.router(about.tenant)
+                    handler: UnaryHandler = getattr(servicer_of(router), method.name)
                     return await handler(_readable(request), context)
             except Exception as error:
                 await _fail(method, context, error, request_id)
 
         return call
 
-    def _guard_stream(self, method: MethodDescriptor, handler: StreamHandler) -> StreamHandler:
+    def _guard_stream(self, method: MethodDescriptor, servicer_of: ServicerOf) -> StreamHandler:
         async def call(request: object, context: Context) -> AsyncIterator[Message]:
             request_id = _request_id(context)
             try:
-                with self._observed(method, request_id), self._admitted(method, context):
+                with (
+                    self._observed(method, request_id) as about,
+                    self._admitted(method, context, about),
+                ):
+                    router = await self._routers.router(about.tenant)
+                    handler: StreamHandler = getattr(servicer_of(router), method.name)
                     async for response in handler(_readable(request), context):
                         yield response
             except Exception as error:
@@ -109,11 +140,12 @@ class Edge:
         return call
 
     @contextlib.contextmanager
-    def _observed(self, method: MethodDescriptor, request_id: str) -> Iterator[None]:
+    def _observed(self, method: MethodDescriptor, request_id: str) -> Iterator[_Call]:
+        about = _Call()
         began = time.perf_counter()
         code = grpc.StatusCode.OK
         try:
-            yield
+            yield about
         except Exception as error:
             code = failure(error).code
             raise
@@ -122,7 +154,8 @@ class Edge:
             raise
         finally:
             seconds = time.perf_counter() - began
-            self._observer.call_ended(method.name, code.name, seconds)
+            observer = self._routers.own.observer.of(about.tenant)
+            observer.call_ended(method.name, code.name, seconds)
             if self._log_calls:
                 _log.info(
                     "call",
@@ -130,19 +163,25 @@ class Edge:
                     method=method.name,
                     code=code.name,
                     milliseconds=round(1000 * seconds, 3),
+                    **({"tenant": about.tenant} if about.tenant else {}),
                 )
 
     @contextlib.contextmanager
-    def _admitted(self, method: MethodDescriptor, context: Context) -> Iterator[None]:
+    def _admitted(self, method: MethodDescriptor, context: Context, about: _Call) -> Iterator[None]:
         if self._access is not None:
-            self._access.check(ROLE_OF_METHOD[method.name], context.invocation_metadata() or ())
-        if self._calls >= self._max_calls:
-            raise OverloadedError("calls", f"{self._calls} running", "try again a little later")
-        self._calls += 1
+            role = ROLE_OF_METHOD[method.name]
+            about.tenant = self._access.check(role, context.invocation_metadata() or ()).tenant
+        tenant = about.tenant
+        running = self._calls[tenant]
+        if running >= self._max_calls:
+            raise OverloadedError("calls", f"{running} running", "try again a little later")
+        self._calls[tenant] += 1
         try:
             yield
         finally:
-            self._calls -= 1
+            self._calls[tenant] -= 1
+            if not self._calls[tenant]:
+                del self._calls[tenant]
 
 
 def _readable(request: object) -> object:

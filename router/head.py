@@ -21,6 +21,9 @@ from router.tasks import TaskKey
 
 HEAD_FORMAT = 2
 
+CALIBRATION_LEVELS = tuple(step / 20 for step in range(1, 20))
+"""Q levels of the quantiles of scores that a head keeps, to tell drift."""
+
 
 @dataclass(frozen=True, slots=True)
 class Head:
@@ -34,6 +37,8 @@ class Head:
     rows `[M, D + 1]`, row_task `[M]`, thresholds `[K]`, center `[D]`, background `[D, D]` or None.
     `held_out` `[N]` is the number of the task that each stored row was routed to by a head that
     was fitted without it (-1: rejected), in the order of `tasks` and, within a task, of its rows.
+    `calibration` `[K, Q]` holds quantiles of the scores of the rows that were routed to each task
+    so (NaN for one that got none); None in heads of old.
     """
 
     kind: str
@@ -50,6 +55,7 @@ class Head:
     probability: MatchProbability | None = None
     examples: Examples | None = None
     closeness_weight: float = 0.0
+    calibration: NDArray[np.float64] | None = None
 
     def queries(self, vectors: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Embeddings `[B, D]` to queries `[B, D + 1]` for the rows, and score offsets `[B]`."""
@@ -100,6 +106,8 @@ class Head:
             tensors["examples"] = self.examples.vectors
             tensors["example_biases"] = self.examples.biases
             tensors["example_starts"] = self.examples.starts
+        if self.calibration is not None:
+            tensors["calibration"] = self.calibration
         about = {
             "format": HEAD_FORMAT,
             "kind": self.kind,
@@ -143,6 +151,7 @@ class Head:
                 MatchProbability(**about["probability"]) if "probability" in about else None,
                 _examples(tensors),
                 float(about["closeness_weight"]),
+                tensors.get("calibration"),
             )
             head._check()
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -163,6 +172,10 @@ class Head:
             and set(np.unique(self.row_task)) == set(range(len(self.tasks)))
             and len(self.thresholds) == len(self.tasks)
             and (self.background is None or self.background.shape == (dimension, dimension))
+            and (
+                self.calibration is None
+                or self.calibration.shape == (len(self.tasks), len(CALIBRATION_LEVELS))
+            )
             and all(np.isfinite(array).all() for array in floats)
             and (self.examples is None or self.examples.fit(len(self.tasks), dimension))
         ):

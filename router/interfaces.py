@@ -131,6 +131,12 @@ class LanguageModel(Protocol):
 class Observer(Protocol):
     """Is told what the server does, for its metrics. Thread-safe, quick, and raises nothing."""
 
+    def of(self, tenant: str) -> Observer:
+        """The observer of a tenant; of the home's own catalog for the empty name."""
+
+    def forget(self) -> None:
+        """The tenant is not served any more: what was counted for it may be dropped."""
+
     def call_ended(self, method: str, code: str, seconds: float) -> None:
         """A call of `method` ended with the gRPC status `code` (`OK`, `NOT_FOUND`, ...)."""
 

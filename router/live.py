@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import structlog
+from structlog.contextvars import bound_contextvars
 
 from router.catalog import CatalogReader, has_catalog
 from router.errors import CatalogError, PromptyardError
@@ -23,8 +24,12 @@ class LiveCatalog:
     says why; it is tried again whenever the catalog moves on.
     """
 
-    def __init__(self, home: Path, models: ServedModels, poll_seconds: float = 0.25) -> None:
+    def __init__(
+        self, home: Path, models: ServedModels, poll_seconds: float = 0.25, tenant: str = ""
+    ) -> None:
+        """`tenant` is whose home it is, for the log."""
         self._home = home
+        self._about = {"tenant": tenant} if tenant else {}
         self._loader = SnapshotLoader(home, models)
         self._poll_seconds = poll_seconds
         self._snapshot = self._loader.empty()
@@ -57,11 +62,12 @@ class LiveCatalog:
         Raises:
             PromptyardError: the catalog cannot be read, or none of its revisions can be served.
         """
-        if has_catalog(self._home):
-            self._catalog = CatalogReader(self._home)
-        self.refresh()
-        if self._problem and self._catalog is not None:
-            self._load_last_good()
+        with bound_contextvars(**self._about):
+            if has_catalog(self._home):
+                self._catalog = CatalogReader(self._home)
+            self.refresh()
+            if self._problem and self._catalog is not None:
+                self._load_last_good()
         self._thread.start()
 
     def close(self) -> None:
@@ -111,5 +117,6 @@ class LiveCatalog:
         raise CatalogError("catalog revision", newest, self._problem)
 
     def _watch(self) -> None:
-        while not self._stopping.wait(self._poll_seconds):
-            self.refresh()
+        with bound_contextvars(**self._about):
+            while not self._stopping.wait(self._poll_seconds):
+                self.refresh()

@@ -8,6 +8,13 @@ from router.decision import Decision
 class Unobserved:
     """Forgets everything that it is told."""
 
+    def of(self, tenant: str) -> Unobserved:  # noqa: ARG002 - it knows none
+        """See `router.interfaces.Observer`."""
+        return self
+
+    def forget(self) -> None:
+        """See `router.interfaces.Observer`."""
+
     def call_ended(self, method: str, code: str, seconds: float) -> None:
         """See `router.interfaces.Observer`."""
 

@@ -38,102 +38,162 @@ class Serving:
     queued: Mapping[str, int]
 
 
-class PrometheusMetrics:
-    """An observer whose counters one Prometheus registry holds. Thread-safe.
+_GAUGES: tuple[tuple[str, str, Callable[[Serving], float]], ...] = (
+    ("revision", "The catalog revision that is served.", lambda found: found.revision),
+    (
+        "newest_revision",
+        "The newest revision in the catalog.",
+        lambda found: found.newest_revision,
+    ),
+    ("tasks", "Tasks at the served revision.", lambda found: found.tasks),
+    (
+        "tasks_out_of_service",
+        "Tasks whose files could not be loaded.",
+        lambda found: found.tasks_out_of_service,
+    ),
+)
 
-    Names of tasks are labels; texts never are.
-    """
+
+class _Families:
+    """The metrics of a process: one family each, with the tenant among its labels."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._calls = Counter(
+        self.calls = Counter(
             "promptyard_calls",
             "Calls that have ended, by method and gRPC status code.",
-            ["method", "code"],
+            ["tenant", "method", "code"],
             registry=self.registry,
         )
-        self._call_seconds = Histogram(
+        self.call_seconds = Histogram(
             "promptyard_call_seconds",
             "From the request to the end of the call, a stream's as a whole.",
-            ["method"],
+            ["tenant", "method"],
             buckets=_SECONDS,
             registry=self.registry,
         )
-        self._stage_seconds = Histogram(
+        self.stage_seconds = Histogram(
             "promptyard_stage_seconds",
             "Where the time goes: waiting for a batch (one observation a text), the work of a "
             "batch, and within routing the encoder and the decisions (one a batch).",
-            ["stage"],
+            ["tenant", "stage"],
             buckets=_SECONDS,
             registry=self.registry,
         )
-        self._batch_items = Histogram(
+        self.batch_items = Histogram(
             "promptyard_batch_items",
             "Texts that were worked on together.",
-            ["queue"],
+            ["tenant", "queue"],
             buckets=_ITEMS,
             registry=self.registry,
         )
-        self._cache = Counter(
+        self.cache = Counter(
             "promptyard_cache_texts",
             "Texts whose embedding was remembered (hit), or not (miss).",
-            ["result"],
+            ["tenant", "result"],
             registry=self.registry,
         )
-        self._decisions = Counter(
+        self.decisions = Counter(
             "promptyard_decisions",
             "Decisions, by task (empty where none fits) and outcome.",
-            ["task", "outcome"],
+            ["tenant", "task", "outcome"],
             registry=self.registry,
         )
-        self._used = Counter(
+        self.used = Counter(
             "promptyard_tasks_used",
             "Texts by the task that they are to be answered under (empty: none), and why it is.",
-            ["task", "use"],
+            ["tenant", "task", "use"],
             registry=self.registry,
         )
-        self._scores = Summary(
+        self.scores = Summary(
             "promptyard_decision_score",
             "Scores of the tasks that texts were routed to, rejected texts left out.",
-            ["task"],
+            ["tenant", "task"],
             registry=self.registry,
         )
         ProcessCollector(registry=self.registry)
 
+    def forget(self, tenant: str) -> None:
+        """Drop what was counted for a tenant."""
+        for family in (
+            self.calls,
+            self.call_seconds,
+            self.stage_seconds,
+            self.batch_items,
+            self.cache,
+            self.decisions,
+            self.used,
+            self.scores,
+        ):
+            family.remove_by_labels({"tenant": tenant})
+
+
+class PrometheusMetrics:
+    """An observer whose counters one Prometheus registry holds. Thread-safe.
+
+    Names of tenants and tasks are labels; texts never are.
+    """
+
+    def __init__(self, tenant: str = "", families: _Families | None = None) -> None:
+        self._tenant = tenant
+        self._families = families or _Families()
+
+    @property
+    def registry(self) -> CollectorRegistry:
+        """What is scraped: the metrics of all tenants."""
+        return self._families.registry
+
+    def of(self, tenant: str) -> PrometheusMetrics:
+        """See `router.interfaces.Observer`."""
+        return self if tenant == self._tenant else PrometheusMetrics(tenant, self._families)
+
+    def forget(self) -> None:
+        """See `router.interfaces.Observer`."""
+        self._families.forget(self._tenant)
+
     def call_ended(self, method: str, code: str, seconds: float) -> None:
         """See `router.interfaces.Observer`."""
-        self._calls.labels(method, code).inc()
-        self._call_seconds.labels(method).observe(seconds)
+        self._families.calls.labels(self._tenant, method, code).inc()
+        self._families.call_seconds.labels(self._tenant, method).observe(seconds)
 
     def stage_ended(self, stage: str, seconds: float) -> None:
         """See `router.interfaces.Observer`."""
-        self._stage_seconds.labels(stage).observe(seconds)
+        self._families.stage_seconds.labels(self._tenant, stage).observe(seconds)
 
     def batch_ended(self, queue: str, items: int) -> None:
         """See `router.interfaces.Observer`."""
-        self._batch_items.labels(queue).observe(items)
+        self._families.batch_items.labels(self._tenant, queue).observe(items)
 
     def cache_used(self, *, hits: int, misses: int) -> None:
         """See `router.interfaces.Observer`."""
-        self._cache.labels("hit").inc(hits)
-        self._cache.labels("miss").inc(misses)
+        self._families.cache.labels(self._tenant, "hit").inc(hits)
+        self._families.cache.labels(self._tenant, "miss").inc(misses)
 
     def decided(self, decision: Decision) -> None:
         """See `router.interfaces.Observer`."""
         task = "" if decision.task is None else decision.task.name
-        self._decisions.labels(task, decision.outcome.value).inc()
+        self._families.decisions.labels(self._tenant, task, decision.outcome.value).inc()
         used = "" if decision.used is None else decision.used.name
-        self._used.labels(used, decision.use.value).inc()
+        self._families.used.labels(self._tenant, used, decision.use.value).inc()
         if task and math.isfinite(decision.score):
-            self._scores.labels(task).observe(decision.score)
+            self._families.scores.labels(self._tenant, task).observe(decision.score)
 
-    def watch(self, look: Callable[[], Serving]) -> None:
-        """Report what `look` finds at every scrape; it is called in a thread of its own."""
+    def watch(self, look: Callable[[], Mapping[str, Serving | None]]) -> None:
+        """Report what `look` finds at every scrape, by tenant; None where a catalog is unfit.
+
+        It is called in a thread of its own.
+        """
         self.registry.register(_ServingCollector(look))
 
 
-def serving(router: Router) -> Serving:
-    """What `router` serves at the moment."""
+def serving(routers: Mapping[str, Router | None]) -> dict[str, Serving | None]:
+    """What is served at the moment, by tenant; None where the catalog cannot be served."""
+    return {
+        tenant: None if router is None else _serving(router) for tenant, router in routers.items()
+    }
+
+
+def _serving(router: Router) -> Serving:
     live = router.live
     snapshot = live.snapshot
     return Serving(
@@ -170,25 +230,28 @@ def metrics_port(metrics: PrometheusMetrics, listen: str) -> Iterator[str]:
 
 
 class _ServingCollector(Collector):
-    def __init__(self, look: Callable[[], Serving]) -> None:
+    def __init__(self, look: Callable[[], Mapping[str, Serving | None]]) -> None:
         self._look = look
 
     def collect(self) -> Iterable[Metric]:
-        serving = self._look()
-        for name, text, value in (
-            ("revision", "The catalog revision that is served.", serving.revision),
-            ("newest_revision", "The newest revision in the catalog.", serving.newest_revision),
-            ("tasks", "Tasks at the served revision.", serving.tasks),
-            (
-                "tasks_out_of_service",
-                "Tasks whose files could not be loaded.",
-                serving.tasks_out_of_service,
-            ),
-        ):
-            yield GaugeMetricFamily(f"promptyard_{name}", text, value)
+        found = self._look()
+        served = {tenant: serving for tenant, serving in found.items() if serving is not None}
+        for name, text, value_of in _GAUGES:
+            family = GaugeMetricFamily(f"promptyard_{name}", text, labels=["tenant"])
+            for tenant, serving in served.items():
+                family.add_metric([tenant], value_of(serving))
+            yield family
         queued = GaugeMetricFamily(
-            "promptyard_queued_items", "Texts waiting or being worked on.", labels=["queue"]
+            "promptyard_queued_items",
+            "Texts waiting or being worked on.",
+            labels=["tenant", "queue"],
         )
-        for queue, items in serving.queued.items():
-            queued.add_metric([queue], items)
+        for tenant, serving in served.items():
+            for queue, items in serving.queued.items():
+                queued.add_metric([tenant, queue], items)
         yield queued
+        yield GaugeMetricFamily(
+            "promptyard_tenants_out_of_service",
+            "Tenants whose catalog cannot be served.",
+            len(found) - len(served),
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -77,13 +77,16 @@ class Router:
         batch_limits: BatchLimits,
         observer: Observer = UNOBSERVED,
         explainer: Explainer | None = None,
+        note: Callable[[Sequence[tuple[str, Decision]]], None] | None = None,
     ) -> None:
+        """`note` is told the texts of every batch and their decisions, in the worker thread."""
         self.live = live
         self.encoder = encoder
         self.answerer = answerer
         self.limits = limits
         self.observer = observer
         self._explainer = explainer
+        self._note = note
         self._batcher = MicroBatcher(
             self._decide,
             self._count_tokens,
@@ -220,6 +223,9 @@ class Router:
         self.observer.stage_ended("routing_decide", time.perf_counter() - encoded)
         for decision in decided:
             self.observer.decided(decision)
+        if self._note is not None:
+            texts = [question.text for question in questions]
+            self._note(list(zip(texts, decided, strict=True)))
         return decided
 
 

@@ -17,16 +17,17 @@ from grpc_reflection.v1alpha import reflection
 from router.access import TokenFile
 from router.edge import Edge
 from router.errors import InvalidInputError
-from router.routing import Router
 from router.servicers import RouterServicer, ServerFacts, TaskServicer
 from router.settings import ServerSettings
+from router.tenant_routers import TenantRouters
 from router.tls import server_credentials
 from router.v1 import router_service_pb2, task_service_pb2
 
 _ROUTER = router_service_pb2.DESCRIPTOR.services_by_name["RouterService"]
 _TASKS = task_service_pb2.DESCRIPTOR.services_by_name["TaskService"]
 # The empty name is the server's overall health. A task that is out of service does not change it,
-# nor does a catalog revision that cannot be served: that has a name of its own.
+# nor does a catalog revision that cannot be served: that has a name of its own. It is of the home's
+# own catalog: health needs no token, and so must not know tenants.
 CATALOG_HEALTH = "promptyard.catalog"
 _HEALTH_NAMES = ("", _ROUTER.full_name, _TASKS.full_name)
 
@@ -64,15 +65,15 @@ def check_address(listen: str, field: str = "listen") -> None:
 
 
 class RouterServer:
-    """Serves a `Router` on one address. Belongs to the event loop that starts it."""
+    """Serves routers on one address. Belongs to the event loop that starts it."""
 
-    def __init__(self, router: Router, settings: ServerSettings, version: str) -> None:
-        self._router = router
+    def __init__(self, routers: TenantRouters, settings: ServerSettings, version: str) -> None:
+        self._routers = routers
         self._settings = settings
         self._version = version
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._server: aio.Server | None = None
-        self._catalog_watch: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> str:
         """Begin to serve; returns the address, with the real port where port 0 was asked for.
@@ -83,18 +84,23 @@ class RouterServer:
         """
         settings = self._settings
         self._server = server = aio.server(options=_options(settings))
+        access = None
+        if settings.tokens is not None:
+            access = TokenFile(settings.tokens, settings.max_tenants)
+            self._routers.follow(access.tenants(), ())
+            await self._routers.ready()
         edge = Edge(
+            self._routers,
             settings.max_calls,
             settings.limits.max_request_bytes,
-            self._router.observer,
-            None if settings.tokens is None else TokenFile(settings.tokens),
+            access,
             settings.log_calls,
         )
         facts = ServerFacts(self._version, datetime.now(UTC))
         server.add_generic_rpc_handlers(
             (
-                edge.handlers(_ROUTER, RouterServicer(self._router, facts)),
-                edge.handlers(_TASKS, TaskServicer(self._router)),
+                edge.handlers(_ROUTER, lambda router: RouterServicer(router, facts)),
+                edge.handlers(_TASKS, TaskServicer),
             )
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -115,35 +121,40 @@ class RouterServer:
         for name in _HEALTH_NAMES:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         await self._report_catalog()
-        self._catalog_watch = asyncio.create_task(self._watch_catalog())
+        self._watching = asyncio.create_task(self._watch(edge, access))
         return f"{settings.listen.rpartition(':')[0]}:{port}"
 
     async def stop(self) -> None:
         """Report NOT_SERVING, refuse new calls, and let the running ones finish."""
-        if self._catalog_watch is not None:
-            self._catalog_watch.cancel()
+        if self._watching is not None:
+            self._watching.cancel()
         await self._health.enter_graceful_shutdown()
         if self._server is not None:
             await self._server.stop(self._settings.shutdown_seconds)
 
-    async def _watch_catalog(self) -> None:
+    async def _watch(self, edge: Edge, access: TokenFile | None) -> None:
         while True:
             await asyncio.sleep(self._settings.poll_seconds)
             await self._report_catalog()
+            if access is not None:
+                self._routers.follow(access.tenants(), edge.busy)
 
     async def _report_catalog(self) -> None:
         """The catalog's own health: NOT_SERVING while its newest revision cannot be served."""
+        live = self._routers.own.live
         states = health_pb2.HealthCheckResponse
-        state = states.NOT_SERVING if self._router.live.problem else states.SERVING
+        state = states.NOT_SERVING if live.problem else states.SERVING
         await self._health.set(CATALOG_HEALTH, state)
 
     async def run(self, announce: Callable[[str], None]) -> None:
         """Serve until SIGTERM or SIGINT. One line is announced when calls can come."""
         with _stop_signals() as stop:
             address = await self.start()
-            snapshot = self._router.live.snapshot
+            snapshot = self._routers.own.live.snapshot
+            tenants = len(self._routers.look()) - 1
             announce(
                 f"listening on {address}, revision {snapshot.revision}, {len(snapshot.tasks)} tasks"
+                + (f", {tenants} tenants" if tenants else "")
             )
             await stop.wait()
             _log.info("stopping")

@@ -13,6 +13,7 @@ from router.limits import Limits
 
 DEFAULT_LISTEN = "127.0.0.1:50051"
 DEFAULT_ENCODER = "all-MiniLM-L6-v2"
+DEFAULT_MAX_TENANTS = 32
 DEFAULT_BASE_MODEL = str(Path(__file__).parent / "models" / "base")
 
 # A batch of the embedded encoder takes about 25 ms, one of the embedded base model about 100.
@@ -44,6 +45,9 @@ class ServerSettings:
     `router.access`) everybody who reaches the server may call everything. Without `tls` only this
     machine can reach it, unless `insecure` says that others may. `cache_mib` bounds the memory for
     embeddings of texts that were seen lately; 0 remembers none. `log_calls` logs one line a call.
+    `decision_log` is the file for a `decision_log_share` of all decisions (see
+    `router.decision_log`), which takes `decision_log_mib` at most. Tokens may name up to
+    `max_tenants` tenants; queues, `max_calls` and `cache_mib` are each one's.
     """
 
     home: Path
@@ -62,7 +66,11 @@ class ServerSettings:
     shutdown_seconds: float = 10.0
     max_calls: int = 1000
     max_connection_calls: int = 200
+    max_tenants: int = DEFAULT_MAX_TENANTS
     cache_mib: float = 64.0
+    decision_log: Path | None = None
+    decision_log_share: float = 1.0
+    decision_log_mib: float = 64.0
     log_calls: bool = False
     limits: Limits = field(default_factory=Limits)
     routing_batches: BatchLimits = ROUTING_BATCHES

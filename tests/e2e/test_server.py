@@ -28,6 +28,7 @@ from router.errors import InvalidInputError
 from router.rejection import OnUnknown, RejectionPolicy
 from router.server import RouterServer
 from router.settings import ServerSettings
+from router.tenant_routers import only
 from router.v1 import decision_pb2, task_pb2
 from router.v1 import router_service_pb2 as messages
 from router.v1 import task_service_pb2 as task_messages
@@ -969,7 +970,7 @@ def test_an_accepted_call_is_answered_although_the_server_shuts_down() -> None:
 
 async def test_an_address_in_use_is_refused_with_a_remedy(serving: Serving) -> None:
     settings = make_settings(listen=serving.address)
-    server = RouterServer(make_router(), settings, version="1")
+    server = RouterServer(only(make_router()), settings, version="1")
     with pytest.raises(InvalidInputError, match="choose a free port"):
         await server.start()
 

@@ -64,8 +64,8 @@ def test_the_process_says_when_it_is_ready_and_stops_cleanly(
         assert status.encoder.name == "all-MiniLM-L6-v2"
         assert not status.base_model.name
         metrics = scrape(process)
-        assert "promptyard_revision 0.0" in metrics
-        assert 'promptyard_cache_texts_total{result="hit"} 1.0' in metrics
+        assert 'promptyard_revision{tenant=""} 0.0' in metrics
+        assert 'promptyard_cache_texts_total{result="hit",tenant=""} 1.0' in metrics
         process.send_signal(stop)
         output, errors = process.communicate(timeout=20)
     assert process.returncode == 0

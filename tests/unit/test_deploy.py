@@ -10,6 +10,7 @@ import pytest
 from typer.main import get_command
 
 from router.prometheus import PrometheusMetrics, Serving
+from tests.fakes import FakeEncoder, make_snapshot
 from trainer.cli import app
 
 ROOT = Path(__file__).parents[2]
@@ -23,14 +24,12 @@ DASHBOARD = json.loads((DEPLOY / "grafana.json").read_text(encoding="utf-8"))
 def served() -> dict[str, set[str]]:
     """Names of all samples that a server may tell, with their labels."""
     metrics = PrometheusMetrics()
-    metrics.watch(lambda: Serving(1, 1, 1, 0, {"routing": 0}))
+    metrics.watch(lambda: {"": Serving(1, 1, 1, 0, {"routing": 0})})
     metrics.call_ended("Route", "OK", 0.1)
     metrics.stage_ended("routing_wait", 0.1)
     metrics.batch_ended("routing", 1)
     metrics.cache_used(hits=1, misses=1)
-    metrics._decisions.labels("weather", "matched").inc()
-    metrics._used.labels("weather", "matched").inc()
-    metrics._scores.labels("weather").observe(1.0)
+    metrics.decided(make_snapshot().decide(FakeEncoder().encode(["weather"]))[0])
     found: dict[str, set[str]] = {}
     for family in metrics.registry.collect():
         for sample in family.samples:

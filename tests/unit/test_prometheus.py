@@ -60,7 +60,7 @@ def address(encoder: FakeEncoder, live: FixedLive, metrics: PrometheusMetrics) -
         settings.routing_batches,
         metrics,
     )
-    metrics.watch(lambda: serving(router))
+    metrics.watch(lambda: serving({"": router}))
     with running_server(router) as address:
         yield address
         encoder.blocked.set()

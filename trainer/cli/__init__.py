@@ -11,6 +11,7 @@ from trainer.cli import (
     base_models,
     comparing,
     demo,
+    drifting,
     evaluation,
     exchanging,
     inspecting,
@@ -20,7 +21,7 @@ from trainer.cli import (
     serving,
     tasks,
 )
-from trainer.cli.console import quiet_libraries
+from trainer.cli.console import fail, quiet_libraries
 
 app = typer.Typer(
     name="promptyard",
@@ -37,8 +38,28 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _check_tenant(name: str | None) -> str | None:
+    from router.errors import InvalidInputError
+    from router.tenants import check_tenant
+
+    try:
+        return None if name is None else check_tenant(name, "--tenant")
+    except InvalidInputError as error:
+        fail(error)
+
+
 @app.callback()
 def _options(
+    context: typer.Context,
+    tenant: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            callback=_check_tenant,
+            help="Work on this tenant's catalog, which is one of its own in the home. It stands "
+            "before the command. Default: the home's own catalog.",
+        ),
+    ] = None,
     _: Annotated[
         bool,
         typer.Option(
@@ -47,7 +68,7 @@ def _options(
     ] = False,
 ) -> None:
     # What the help of the command says is above, at `app`.
-    pass
+    context.obj = tenant
 
 
 registering.add_to(app)
@@ -56,6 +77,7 @@ inspecting.add_to(app)
 exchanging.add_to(app)
 operating.add_to(app)
 serving.add_to(app)
+drifting.add_to(app)
 demo.add_to(app)
 comparing.add_to(evaluation.app)
 app.add_typer(evaluation.app, name="evaluate")

@@ -11,7 +11,7 @@ from router.errors import InvalidInputError
 from trainer.cli.console import fail
 
 # These are relative to the file that names them.
-_PATHS = frozenset({"home", "tokens", "tls_cert", "tls_key", "tls_client_ca"})
+_PATHS = frozenset({"home", "tokens", "tls_cert", "tls_key", "tls_client_ca", "decision_log"})
 _NOT_IN_A_FILE = frozenset({"config", "check", "as_json", "help"})
 _MOST_MIB = 1
 

@@ -29,14 +29,50 @@ EXIT_FAILED = 1
 EXIT_INVALID = 2
 EXIT_REFUSED = 3
 
-Home = Annotated[
-    Path | None,
-    typer.Option(
+
+def chosen_tenant(context: typer.Context) -> str | None:
+    """What `promptyard --tenant` chose."""
+    found = context.find_root().obj
+    return found if isinstance(found, str) else None
+
+
+def _home_of_tenant(context: typer.Context, home: Path | None) -> Path | None:
+    from router.tenants import tenant_home
+
+    tenant = chosen_tenant(context)
+    return home if tenant is None else tenant_home(home_folder(home), tenant)
+
+
+def _home_of_all_tenants(context: typer.Context, home: Path | None) -> Path | None:
+    _refuse_tenant(chosen_tenant(context))
+    return home
+
+
+def _server(context: typer.Context, server: str | None) -> str | None:
+    if server is not None:
+        _refuse_tenant(chosen_tenant(context))
+    return server
+
+
+def _refuse_tenant(tenant: str | None) -> None:
+    if tenant is not None:
+        remedy = "leave it out: a server knows a caller's tenant by the token"
+        fail(InvalidInputError("--tenant", tenant, remedy))
+
+
+def _home_option(
+    of: Callable[[typer.Context, Path | None], Path | None],
+) -> object:
+    return typer.Option(
         "--home",
         envvar="PROMPTYARD_HOME",
+        callback=of,
         help="Folder of the catalog and its files. Default: the platform's data folder.",
-    ),
-]
+    )
+
+
+Home = Annotated[Path | None, _home_option(_home_of_tenant)]
+HomeOfAllTenants = Annotated[Path | None, _home_option(_home_of_all_tenants)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, for programs.")]
 EncoderName = Annotated[
     str,
@@ -64,8 +100,12 @@ GateLimit = Annotated[
     ),
 ]
 Server = Annotated[
-    str | None, typer.Option(help="Ask the server at HOST:PORT instead of working in process.")
+    str | None,
+    typer.Option(
+        callback=_server, help="Ask the server at HOST:PORT instead of working in process."
+    ),
 ]
+ServerAsked = Annotated[str, typer.Option(callback=_server, help="The server's HOST:PORT.")]
 AccessToken = Annotated[
     str,
     typer.Option(

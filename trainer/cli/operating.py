@@ -15,6 +15,7 @@ from router.settings import (
     DEFAULT_BASE_MODEL,
     DEFAULT_ENCODER,
     DEFAULT_LISTEN,
+    DEFAULT_MAX_TENANTS,
     ROUTING_BATCHES,
     ServerSettings,
     TlsFiles,
@@ -24,7 +25,8 @@ from trainer.cli.console import (
     AsJson,
     BaseModel,
     EncoderName,
-    Home,
+    HomeOfAllTenants,
+    chosen_tenant,
     errors_for_people,
     home_folder,
     out,
@@ -86,7 +88,7 @@ def serve(
             help="Let others than this machine reach the server without TLS.",
         ),
     ] = False,
-    home: Home = None,
+    home: HomeOfAllTenants = None,
     encoder: EncoderName = DEFAULT_ENCODER,
     base_model: BaseModel = DEFAULT_BASE_MODEL,
     route_only: Annotated[
@@ -119,9 +121,17 @@ def serve(
     max_calls: Annotated[
         int,
         typer.Option(
-            min=1, envvar="PROMPTYARD_MAX_CALLS", help="Calls at the same time; more are refused."
+            min=1,
+            envvar="PROMPTYARD_MAX_CALLS",
+            help="Calls at the same time, of each tenant; more are refused.",
         ),
     ] = 1000,
+    max_tenants: Annotated[
+        int,
+        typer.Option(
+            min=0, envvar="PROMPTYARD_MAX_TENANTS", help="Tenants that --tokens may name."
+        ),
+    ] = DEFAULT_MAX_TENANTS,
     max_connection_calls: Annotated[
         int,
         typer.Option(
@@ -147,7 +157,29 @@ def serve(
         typer.Option(
             min=0,
             envvar="PROMPTYARD_CACHE_MIB",
-            help="Memory for embeddings of texts that were seen lately, in MiB; 0: none.",
+            help="Memory for embeddings of texts that were seen lately, in MiB, of each tenant; "
+            "0: none.",
+        ),
+    ] = 64.0,
+    decision_log: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="PROMPTYARD_DECISION_LOG",
+            help="Note decisions in this file, without texts, for `promptyard drift`.",
+        ),
+    ] = None,
+    decision_log_share: Annotated[
+        float,
+        typer.Option(
+            min=0, max=1, envvar="PROMPTYARD_DECISION_LOG_SHARE", help="Share of them to note."
+        ),
+    ] = 1.0,
+    decision_log_mib: Annotated[
+        float,
+        typer.Option(
+            min=1,
+            envvar="PROMPTYARD_DECISION_LOG_MIB",
+            help="What the file and the older one beside it may take, in MiB.",
         ),
     ] = 64.0,
     log_calls: Annotated[
@@ -200,7 +232,11 @@ def serve(
             shutdown_seconds=shutdown_seconds,
             max_calls=max_calls,
             max_connection_calls=max_connection_calls,
+            max_tenants=max_tenants,
             cache_mib=cache_mib,
+            decision_log=decision_log,
+            decision_log_share=decision_log_share,
+            decision_log_mib=decision_log_mib,
             log_calls=log_calls,
             limits=limits,
             routing_batches=replace(
@@ -238,6 +274,7 @@ def _tls_files(
 
 
 def token(
+    context: typer.Context,
     name: Annotated[str, typer.Argument(metavar="NAME", help="Whom the token is for.")],
     roles: Annotated[
         list[Role],
@@ -247,6 +284,13 @@ def token(
             "generate: Generate. read: the tasks, the status and the soft prompts.",
         ),
     ],
+    tenant: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Let it see and use this tenant's catalog and no other. Default: the home's own.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a token, and the entry that lets a server know it. The token is shown only here.
@@ -258,7 +302,7 @@ def token(
 
         from router.access import new_token
 
-        secret, entry = new_token(name, roles)
+        secret, entry = new_token(name, roles, tenant or chosen_tenant(context))
         if as_json:
             print_json({"token": secret, "entry": entry})
             return

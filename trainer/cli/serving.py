@@ -22,6 +22,7 @@ from trainer.cli.console import (
     EncoderName,
     Home,
     Server,
+    ServerAsked,
     TlsCa,
     TlsCert,
     TlsKey,
@@ -236,7 +237,7 @@ def generate(
 
 
 def status(
-    server: Annotated[str, typer.Option(help="The server's HOST:PORT.")] = DEFAULT_LISTEN,
+    server: ServerAsked = DEFAULT_LISTEN,
     token: AccessToken = "",
     tls: UseTls = False,
     tls_ca: TlsCa = None,

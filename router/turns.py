@@ -1,0 +1,124 @@
+"""Models that several tenants share: their batches take turns, in the order in which they came.
+
+Every tenant has one batch of texts and one of answers in line at a time, however long its queues
+are, so that a tenant under load makes another wait for a batch and not for its queue.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from types import TracebackType
+
+from router.interfaces import (
+    Embeddings,
+    Encoder,
+    Generation,
+    LanguageModel,
+    PromptedInput,
+    Scores,
+)
+
+
+class Turns:
+    """A lock that goes to whoever has waited longest (`threading.Lock` goes to anyone)."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._taken = False
+        self._waiting: deque[threading.Event] = deque()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._taken:
+                self._taken = True
+                return
+            mine = threading.Event()
+            self._waiting.append(mine)
+        mine.wait()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().set()  # it stays taken
+            else:
+                self._taken = False
+
+
+class TurnTakingEncoder:
+    """An encoder that embeds one batch at a time. Thread-safe, as every `Encoder`."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._turns = Turns()
+
+    @property
+    def name(self) -> str:
+        """Of the encoder inside."""
+        return self._encoder.name
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the encoder inside: taking turns changes no vector."""
+        return self._encoder.fingerprint
+
+    @property
+    def dimension(self) -> int:
+        """D."""
+        return self._encoder.dimension
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """See `router.interfaces.Encoder`; this waits for no turn."""
+        return self._encoder.count_tokens(texts)
+
+    def encode(self, texts: Sequence[str]) -> Embeddings:
+        """See `router.interfaces.Encoder`."""
+        with self._turns:
+            return self._encoder.encode(texts)
+
+
+class TurnTakingModel:
+    """A base model that works on one batch at a time. Thread-safe."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+        self._turns = Turns()
+
+    @property
+    def name(self) -> str:
+        """Of the model inside."""
+        return self._model.name
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the model inside."""
+        return self._model.fingerprint
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return self._model.hidden_size
+
+    def score(
+        self, inputs: Sequence[PromptedInput], outputs: Sequence[Sequence[str]]
+    ) -> list[Scores]:
+        """See `router.interfaces.LanguageModel`."""
+        with self._turns:
+            return self._model.score(inputs, outputs)
+
+    def generate(
+        self,
+        inputs: Sequence[PromptedInput],
+        max_new_tokens: int,
+        on_piece: Callable[[int, str], None] | None = None,
+        cancelled: Callable[[int], bool] | None = None,
+    ) -> list[Generation]:
+        """See `router.interfaces.LanguageModel`."""
+        with self._turns:
+            return self._model.generate(inputs, max_new_tokens, on_piece, cancelled)
