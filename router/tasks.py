@@ -39,7 +39,8 @@ class TrainingCurve:
     """How the tuning of a prompt went.
 
     `losses` are training losses, each the mean of `steps_per_loss` steps. After `validated_at[i]`
-    steps, `validation_scores[i]` of the validation rows were right, with `validation_losses[i]`.
+    steps, the validation rows had the score `validation_scores[i]` and the loss
+    `validation_losses[i]`.
     """
 
     steps_per_loss: int
@@ -53,9 +54,9 @@ class TrainingCurve:
 class PromptSummary:
     """The soft prompt of a task: its file, and what it was tuned on.
 
-    `scores` holds shares of right answers on the validation rows: `prompt`, `majority`,
-    `no_prompt`, `instruction`. Of a prefix, `hidden_size` is the width of one layer's keys, and
-    `layers` counts the layers. `versions` are those of the software that tuned it.
+    `scores` are by `metric` (`trainer.answer_metrics`) on the validation rows: `prompt`,
+    `majority`, `no_prompt`, `instruction`. Of a prefix, `hidden_size` is the width of one layer's
+    keys, and `layers` counts the layers. `versions` are those of the software that tuned it.
     """
 
     sha256: str

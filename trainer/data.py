@@ -15,6 +15,7 @@ from typing import cast
 
 from router.errors import InvalidInputError
 from router.tasks import DataSummary
+from trainer.answer_metrics import LABEL_SEPARATOR, join_labels
 
 MAX_FILE_BYTES = 2 << 30
 MAX_INPUT_BYTES = 32 << 10
@@ -40,11 +41,15 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class LabelledFile:
-    """The checked rows of a file, in an order that does not depend on the file's."""
+    """The checked rows of a file, in an order that does not depend on the file's.
+
+    `multi_label`: the outputs are sets of labels, written as `answer_metrics.join_labels` does.
+    """
 
     examples: tuple[Example, ...]
     sha256: str
     duplicates_dropped: int
+    multi_label: bool = False
 
 
 def read_labelled(
@@ -67,11 +72,14 @@ def read_labelled(
     examples: list[Example] = []
     seen: dict[str, int] = {}
     repeated: list[str] = []
+    lists: dict[bool, int] = {}  # whether an output is a list, and the first such row
     for number, row in read_rows(path):
         example = Example(
             read_cell(path, number, row, fields.input, MAX_INPUT_BYTES),
-            read_cell(path, number, row, fields.output, MAX_OUTPUT_BYTES) if with_output else "",
+            read_output(path, number, row, fields.output) if with_output else "",
         )
+        if with_output:
+            lists.setdefault(isinstance(row.get(fields.output), list), number)
         if example.input in seen:
             repeated.append(f"{number} (as {seen[example.input]})")
             continue
@@ -87,9 +95,17 @@ def read_labelled(
         raise InvalidInputError(
             f"{path}", f"{len(examples)} different rows", f"give at least {min_rows}"
         )
+    if len(lists) > 1:
+        raise InvalidInputError(
+            f"{path}: field {fields.output!r}",
+            f"a list in row {lists[True]}, a text in row {lists[False]}",
+            "give lists in all rows, or in none",
+        )
     examples.sort(key=_canonical_order)
     content = "".join(f"{e.input}\x00{e.output}\x00" for e in examples).encode()
-    return LabelledFile(tuple(examples), hashlib.sha256(content).hexdigest(), len(repeated))
+    return LabelledFile(
+        tuple(examples), hashlib.sha256(content).hexdigest(), len(repeated), True in lists
+    )
 
 
 def read_rows(path: Path) -> Generator[tuple[int, Mapping[str, object]]]:
@@ -150,6 +166,33 @@ def read_cell(path: Path, number: int, row: Mapping[str, object], field: str, li
     if "\x00" in text or any("\ud800" <= c <= "\udfff" for c in text):
         raise InvalidInputError(where, "not valid text", "remove NUL and surrogate characters")
     return text
+
+
+def read_output(path: Path, number: int, row: Mapping[str, object], field: str) -> str:
+    """The output of row `number`: a text, or a list of labels as one text.
+
+    Raises:
+        InvalidInputError: see `read_cell`; an empty list, or a label with the separator in it.
+    """
+    labels = row.get(field)
+    if not isinstance(labels, list):
+        return read_cell(path, number, row, field, MAX_OUTPUT_BYTES)
+    where = f"{path}: row {number}, field {field!r}"
+    if not labels:
+        raise InvalidInputError(where, "an empty list", "give a label for that, such as 'none'")
+    texts = [
+        read_cell(path, number, {field: label}, field, MAX_OUTPUT_BYTES).strip() for label in labels
+    ]
+    for text in texts:
+        if LABEL_SEPARATOR in text:
+            raise InvalidInputError(where, text, f"rename labels with {LABEL_SEPARATOR!r} in them")
+    joined = join_labels(texts)
+    size = len(joined.encode())
+    if size > MAX_OUTPUT_BYTES:
+        raise InvalidInputError(
+            where, f"{size} bytes of labels", f"give at most {MAX_OUTPUT_BYTES} bytes"
+        )
+    return joined
 
 
 def split(

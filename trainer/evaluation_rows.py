@@ -10,7 +10,7 @@ from pathlib import Path
 
 from router.errors import InvalidInputError
 from router.tasks import check_task_name
-from trainer.data import MAX_INPUT_BYTES, MAX_OUTPUT_BYTES, read_cell, read_rows
+from trainer.data import MAX_INPUT_BYTES, read_cell, read_output, read_rows
 
 DEFAULT_OUT_OF_SCOPE_LABEL = "oos"
 SPLIT_FIELD = "split"
@@ -63,7 +63,7 @@ def read_texts(
                 number,
                 read_cell(path, number, row, fields.input, MAX_INPUT_BYTES),
                 task,
-                read_cell(path, number, row, output, MAX_OUTPUT_BYTES) if output else "",
+                read_output(path, number, row, output) if output else "",
                 str(row.get(fields.instruction) or "") if fields.instruction else "",
                 str(row.get(SPLIT_FIELD) or ""),
             )

@@ -21,6 +21,7 @@ from router.loading import CLUSTERS_TENSOR, EMBEDDINGS_TENSOR, PROMPT_TENSORS
 from router.statistics import to_fixed_point
 from router.tasks import PromptSummary, TaskRecord, check_task_name
 from trainer.admission import Registered, SuspectInput, next_revision
+from trainer.answer_metrics import Metric, check_metric, default_metric
 from trainer.catalog_writer import now
 from trainer.checkpoint import DEFAULT_SECONDS, Checkpoints
 from trainer.clustering import cluster
@@ -56,6 +57,7 @@ class Prepared:
     outputs: tuple[str, ...] | None
     train: Sequence[Example]
     validation: Sequence[Example]
+    metric: Metric = "accuracy"
 
 
 def register(
@@ -93,7 +95,7 @@ def register(
         tuned = prompts.get(task.request.name)
         try:
             if tuned is not None:
-                check_prompt(task.request, tuned)
+                check_prompt(task.request, tuned, task.metric)
             records.append(_store(workshop, task, tuned, base_model, progress))
         except PromptyardError as error:
             failures[task.request.name] = error
@@ -174,11 +176,16 @@ def prepare(workshop: Workshop, request: RegisterTask) -> Prepared:
             f"only {outputs[0]!r}",
             "give rows of at least two outputs, or --no-prompt to route only",
         )
+    metric = default_metric(
+        outputs, [example.output for example in file.examples], multi_label=file.multi_label
+    )
+    if request.metric:
+        metric = check_metric(request.name, request.metric, outputs, multi_label=file.multi_label)
     train, validation = split(file.examples)
-    return Prepared(request, revision, file, outputs, train, validation)
+    return Prepared(request, revision, file, outputs, train, validation, metric)
 
 
-def check_prompt(request: RegisterTask, tuned: TunedPrompt) -> None:
+def check_prompt(request: RegisterTask, tuned: TunedPrompt, metric: Metric = "accuracy") -> None:
     """Refuse a prompt that is no better than the majority class or the plain instruction.
 
     Raises:
@@ -189,7 +196,7 @@ def check_prompt(request: RegisterTask, tuned: TunedPrompt) -> None:
     if scores["prompt"] <= floor and not request.force:
         raise RefusedError(
             f"prompt of {request.name}",
-            f"{scores['prompt']:.1%} right; majority class {scores['majority']:.1%}, "
+            f"{metric} {scores['prompt']:.1%}; majority class {scores['majority']:.1%}, "
             f"plain instruction {scores['instruction']:.1%}",
             "give more or cleaner rows or more --steps; --force REASON publishes it all the same",
         )
@@ -235,6 +242,7 @@ def _tune(
             train=tuple((example.input, example.output) for example in task.train),
             validation=tuple((example.input, example.output) for example in task.validation),
             starts=_starts(workshop, task, base_model, settings),
+            metric=task.metric,
         )
         for task in wanted
     ]
@@ -292,7 +300,7 @@ def _store(
             hidden_size=width if tuned.layers == 0 else width // (2 * tuned.layers),
             base_model=base_model.fingerprint,
             base_model_name=base_model.name,
-            metric="exact match" if task.outputs is None else "accuracy",
+            metric=task.metric,
             scores=dict(tuned.scores),
             settings={**tuned.settings, "python": platform.python_version()},
             steps=tuned.steps,

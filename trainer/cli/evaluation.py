@@ -11,6 +11,7 @@ import typer
 
 from router.errors import InvalidInputError, StorageError
 from router.settings import DEFAULT_BASE_MODEL, DEFAULT_ENCODER
+from trainer.answer_metrics import Metric
 from trainer.cli.console import (
     AsJson,
     BaseModel,
@@ -123,6 +124,10 @@ def answers(
     unknown_as_oos: UnknownAsOos = False,
     rows_per_task: RowsPerTask = None,
     max_output_tokens: OutputTokens = 64,
+    metric: Annotated[
+        Metric | None,
+        typer.Option(help="Score all tasks by this. Default: each by what its record names."),
+    ] = None,
     with_text: WithText = False,
     home: Home = None,
     encoder: EncoderName = DEFAULT_ENCODER,
@@ -134,7 +139,8 @@ def answers(
     promptyard evaluate answers --data held-out.jsonl --report out
 
     A task with a closed set of outputs gets the most probable one; other answers are generated, and
-    must match but for case and white space. Out-of-scope rows are not answered.
+    must match but for case and white space, or are scored by ROUGE-L and the like where the task's
+    metric says so. A list of labels is an output like any. Out-of-scope rows are not answered.
     """
     with errors_for_people(as_json):
         from router.bootstrap import load_base_model, load_encoder, log_to_stderr
@@ -161,7 +167,9 @@ def answers(
         with progress_bars() as progress:
             embeddings = embed_texts(loaded, [row.text for row in rows], progress)
             decisions = decide(snapshot, rows, embeddings)
-            evaluation = evaluate_answers(snapshot, model, decisions, max_output_tokens, progress)
+            evaluation = evaluate_answers(
+                snapshot, model, decisions, max_output_tokens, progress, metric
+            )
         _deliver(answers_report(evaluation, decisions, data.name), report, as_json, with_text)
 
 

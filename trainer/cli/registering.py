@@ -91,6 +91,14 @@ def register(
     free_text: Annotated[
         bool, typer.Option("--free-text", help="Outputs are text to generate, not a closed set.")
     ] = False,
+    metric: Annotated[
+        str,
+        typer.Option(
+            help="What answers are scored by, for early stopping and in the record: accuracy, "
+            "macro-f1, exact-match, rouge-l, or label-f1 for lists of labels. Default: what suits "
+            "the outputs."
+        ),
+    ] = "",
     drop_duplicates: Annotated[
         bool, typer.Option("--drop-duplicates", help="Keep the first of repeated inputs.")
     ] = False,
@@ -145,7 +153,8 @@ def register(
     promptyard register --manifest tasks.yaml
     promptyard register refunds --revise --data more.jsonl
 
-    Rows are {"input": ..., "output": ...}. Running servers pick the new task up by themselves.
+    Rows are {"input": ..., "output": ...}; an output may be a list of labels. Running servers pick
+    the new task up by themselves.
     """  # noqa: D301 - \b keeps click from joining the lines
     with errors_for_people(as_json):
         from trainer.commands import PolicyChange, RegisterTask
@@ -178,6 +187,7 @@ def register(
                     revise=revise,
                     force=force,
                     prompt_from=prompt_from,
+                    metric=metric,
                 )
             ]
         result = _register(
@@ -259,7 +269,10 @@ def _print_registered(result: Registered, as_json: bool) -> None:
     else:
         if result.published is not None:
             print_table(
-                ["task", "revision", "rows", "prompt", "majority", "instruction", "no prompt"],
+                [
+                    *("task", "revision", "rows", "metric"),
+                    *("prompt", "majority", "instruction", "no prompt"),
+                ],
                 [_scores(record) for record in result.records],
                 title=f"published catalog revision {result.published.revision}",
             )
@@ -276,4 +289,5 @@ def _scores(record: TaskRecord) -> list[object]:
     scores = record.prompt.scores if record.prompt else {}
     columns = ("prompt", "majority", "instruction", "no_prompt")
     shown = [f"{scores[column]:.1%}" if column in scores else "-" for column in columns]
-    return [record.name, record.revision, record.data.rows, *shown]
+    metric = record.prompt.metric if record.prompt else "-"
+    return [record.name, record.revision, record.data.rows, metric, *shown]
