@@ -91,7 +91,11 @@ _LATER_FIELDS: Mapping[str, object] = {
 
 @dataclass(frozen=True, slots=True)
 class TaskRecord:
-    """Everything that is known of one revision of a task. Written once, never changed."""
+    """Everything that is known of one revision of a task. Written once, never changed.
+
+    `template` makes the base model's input of a text and its passages (`router.templates`); empty
+    is the default one.
+    """
 
     name: str
     revision: int
@@ -105,6 +109,7 @@ class TaskRecord:
     prompt: PromptSummary | None = None
     forced_reason: str = ""
     format: int = RECORD_FORMAT
+    template: str = ""
 
     @property
     def key(self) -> TaskKey:
@@ -114,6 +119,8 @@ class TaskRecord:
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces. Its SHA-256 is the record's digest."""
         document = asdict(self)
+        if not document["template"]:
+            del document["template"]  # a later field, too
         if document["prompt"] is not None:
             document["prompt"] = {
                 key: value

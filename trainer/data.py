@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import cast
 
 from router.errors import InvalidInputError
+from router.limits import Limits
 from router.tasks import DataSummary
 from trainer.answer_metrics import LABEL_SEPARATOR, join_labels
 
 MAX_FILE_BYTES = 2 << 30
 MAX_INPUT_BYTES = 32 << 10
 MAX_OUTPUT_BYTES = 8 << 10
+MAX_PASSAGES = Limits().max_context_passages
 _SHOWN_ROWS = 5
 
 
@@ -29,14 +31,16 @@ class Fields:
 
     input: str = "input"
     output: str = "output"
+    context: str = "context"
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Example:
-    """One labelled input of a task."""
+    """One labelled input of a task, and the passages that came with it, the best first."""
 
     input: str
     output: str
+    context: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,7 @@ def read_labelled(
         example = Example(
             read_cell(path, number, row, fields.input, MAX_INPUT_BYTES),
             read_output(path, number, row, fields.output) if with_output else "",
+            read_context(path, number, row, fields) if with_output else (),
         )
         if with_output:
             lists.setdefault(isinstance(row.get(fields.output), list), number)
@@ -102,7 +107,7 @@ def read_labelled(
             "give lists in all rows, or in none",
         )
     examples.sort(key=_canonical_order)
-    content = "".join(f"{e.input}\x00{e.output}\x00" for e in examples).encode()
+    content = "".join(map(_digested, examples)).encode()
     return LabelledFile(
         tuple(examples), hashlib.sha256(content).hexdigest(), len(repeated), True in lists
     )
@@ -195,6 +200,39 @@ def read_output(path: Path, number: int, row: Mapping[str, object], field: str) 
     return joined
 
 
+def read_context(
+    path: Path, number: int, row: Mapping[str, object], fields: Fields
+) -> tuple[str, ...]:
+    """The passages of row `number`: one text, a list of them, or none.
+
+    They are limited as those of a request are.
+
+    Raises:
+        InvalidInputError: see `read_cell`; too many of them, or too long with the input.
+    """
+    value = row.get(fields.context)
+    if value is None or value in ("", []):
+        return ()
+    where = f"{path}: row {number}, field {fields.context!r}"
+    passages = value if isinstance(value, list) else [value]
+    if len(passages) > MAX_PASSAGES:
+        raise InvalidInputError(
+            where, f"{len(passages)} passages", f"give at most {MAX_PASSAGES}, the best first"
+        )
+    read = tuple(
+        read_cell(path, number, {fields.context: passage}, fields.context, MAX_INPUT_BYTES)
+        for passage in passages
+    )
+    size = sum(len(part.encode()) for part in (*read, str(row[fields.input])))
+    if size > MAX_INPUT_BYTES:
+        raise InvalidInputError(
+            where,
+            f"{size} bytes with the input",
+            f"shorten them to at most {MAX_INPUT_BYTES} bytes together",
+        )
+    return read
+
+
 def split(
     examples: Sequence[Example], validation_share: float = 0.2
 ) -> tuple[list[Example], list[Example]]:
@@ -233,6 +271,12 @@ def summarise(file: LabelledFile, train: int, validation: int) -> DataSummary:
 
 def _canonical_order(example: Example) -> bytes:
     return hashlib.sha256(f"{example.input}\x00{example.output}".encode()).digest()
+
+
+def _digested(example: Example) -> str:
+    """What the digest of a file says of a row."""
+    context = "".join(f"\x01{passage}" for passage in example.context)
+    return f"{example.input}\x00{example.output}{context}\x00"
 
 
 def _open_text(path: Path) -> io.TextIOBase:

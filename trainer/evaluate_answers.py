@@ -11,9 +11,11 @@ from router.interfaces import LanguageModel, PromptedInput
 from router.routing import usable_prompt
 from router.snapshot import Snapshot
 from router.tasks import SoftPrompt
+from router.templates import fill
 from trainer import metrics
 from trainer.answer_metrics import Metric, recorded_metric, same_text, score
 from trainer.evaluate_routing import RoutedText
+from trainer.evaluation_rows import LabelledText
 from trainer.metrics import Interval
 from trainer.register import Progress
 
@@ -91,10 +93,10 @@ def evaluate_answers(
     if not in_scope:
         raise InvalidInputError("rows", "none is in scope", "give rows of the catalog's tasks")
     questions = _Questions(snapshot, max_output_tokens)
-    oracle = [questions.ask(routed.row.text, str(routed.row.task)) for routed in in_scope]
-    bare = [questions.ask_bare(routed.row.text, str(routed.row.task)) for routed in in_scope]
+    oracle = [questions.ask(routed.row, str(routed.row.task)) for routed in in_scope]
+    bare = [questions.ask_bare(routed.row, str(routed.row.task)) for routed in in_scope]
     elsewhere = [
-        questions.ask_if_prompted(routed.row.text, routed.best)
+        questions.ask_if_prompted(routed.row, routed.best)
         for routed in in_scope
         if not routed.is_right
     ]
@@ -123,27 +125,28 @@ class _Questions:
         self._snapshot = snapshot
         self._max_output_tokens = max_output_tokens
 
-    def ask(self, text: str, task: str) -> Question:
+    def ask(self, row: LabelledText, task: str) -> Question:
         """The question under the task's prompt."""
-        return self._question(text, task, usable_prompt(self._snapshot.task(task)))
+        return self._question(row, task, usable_prompt(self._snapshot.task(task)))
 
-    def ask_if_prompted(self, text: str, task: str) -> Question | None:
+    def ask_if_prompted(self, row: LabelledText, task: str) -> Question | None:
         """The same, or None where the task has no prompt that can be used."""
         try:
-            return self.ask(text, task)
+            return self.ask(row, task)
         except (NoPromptError, TaskOutOfServiceError):
             return None
 
-    def ask_bare(self, text: str, task: str) -> Question:
+    def ask_bare(self, row: LabelledText, task: str) -> Question:
         """The question to the base model alone, with the task's outputs to choose from."""
-        return self._question(text, task, None)
+        return self._question(row, task, None)
 
-    def _question(self, text: str, task: str, prompt: SoftPrompt | None) -> Question:
-        outputs = self._snapshot.task(task).record.outputs
-        row = PromptedInput(text, None)
+    def _question(self, row: LabelledText, task: str, prompt: SoftPrompt | None) -> Question:
+        record = self._snapshot.task(task).record
+        text = fill(record.template, row.text, row.context)
+        prompted = PromptedInput(text, None)
         if prompt is not None:
-            row = PromptedInput(text, prompt.values, prompt.method)
-        return Question(row, outputs, self._max_output_tokens)
+            prompted = PromptedInput(text, prompt.values, prompt.method)
+        return Question(prompted, record.outputs, self._max_output_tokens)
 
 
 def _answer(model: LanguageModel, questions: Sequence[Question], progress: Progress) -> list[str]:

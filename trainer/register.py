@@ -20,6 +20,7 @@ from router.interfaces import Embeddings, LanguageModel
 from router.loading import CLUSTERS_TENSOR, EMBEDDINGS_TENSOR, PROMPT_TENSORS
 from router.statistics import to_fixed_point
 from router.tasks import PromptSummary, TaskRecord, check_task_name
+from router.templates import check_template, fill
 from trainer.admission import Registered, SuspectInput, next_revision
 from trainer.answer_metrics import Metric, check_metric, default_metric
 from trainer.catalog_writer import now
@@ -31,6 +32,7 @@ from trainer.gate import DEFAULT_GATE_LIMIT, InterferenceError
 from trainer.initialisation import Start
 from trainer.nearest_prompts import nearest_prompts
 from trainer.prompt_import import import_prompt
+from trainer.prompt_quality import LabelledRow
 from trainer.tuned_prompt import TunedPrompt, TuningFailure, training_curve
 from trainer.tuning import tune
 from trainer.tuning_settings import TuningJob, TuningSettings
@@ -159,6 +161,7 @@ def prepare(workshop: Workshop, request: RegisterTask) -> Prepared:
         TaskNotFoundError: `revise` is set, and the task does not exist.
     """
     check_task_name(request.name)
+    check_template(request.template, f"template of {request.name}")
     revision = next_revision(workshop.catalog.newest_record(request.name), request)
     file = read_labelled(
         request.data,
@@ -239,8 +242,8 @@ def _tune(
             name=task.request.name,
             instruction=task.request.instruction or task.request.description,
             labels=task.outputs,
-            train=tuple((example.input, example.output) for example in task.train),
-            validation=tuple((example.input, example.output) for example in task.validation),
+            train=_rows(task, task.train),
+            validation=_rows(task, task.validation),
             starts=_starts(workshop, task, base_model, settings),
             metric=task.metric,
         )
@@ -264,6 +267,12 @@ def _tune(
         else:
             prompts[name] = result
     return prompts
+
+
+def _rows(task: Prepared, examples: Sequence[Example]) -> tuple[LabelledRow, ...]:
+    """What the base model reads of examples, and their outputs."""
+    template = task.request.template
+    return tuple((fill(template, each.input, each.context), each.output) for each in examples)
 
 
 def _starts(
@@ -322,6 +331,7 @@ def _store(
         embeddings_sha256=embeddings_sha256,
         prompt=prompt,
         forced_reason=request.force,
+        template=request.template,
     )
 
 

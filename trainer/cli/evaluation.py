@@ -123,6 +123,9 @@ def answers(
     oos_label: OosLabel = "oos",
     unknown_as_oos: UnknownAsOos = False,
     rows_per_task: RowsPerTask = None,
+    context_field: Annotated[
+        str, typer.Option(help="Name of the column with passages: a text, or a list of them.")
+    ] = "context",
     max_output_tokens: OutputTokens = 64,
     metric: Annotated[
         Metric | None,
@@ -140,7 +143,8 @@ def answers(
 
     A task with a closed set of outputs gets the most probable one; other answers are generated, and
     must match but for case and white space, or are scored by ROUGE-L and the like where the task's
-    metric says so. A list of labels is an output like any. Out-of-scope rows are not answered.
+    metric says so. A list of labels is an output like any. Passages
+    are placed by the task's template. Out-of-scope rows are not answered.
     """
     with errors_for_people(as_json):
         from router.bootstrap import load_base_model, load_encoder, log_to_stderr
@@ -156,7 +160,7 @@ def answers(
 
         log_to_stderr("warning")
         make_folder(report)
-        fields = EvaluationFields(input_field, task_field, output_field)
+        fields = EvaluationFields(input_field, task_field, output_field, context=context_field)
         rows = read_texts(data, fields, oos_label)
         loaded, model = load_encoder(encoder), load_base_model(base_model)
         if model is None:

@@ -91,6 +91,17 @@ def register(
     free_text: Annotated[
         bool, typer.Option("--free-text", help="Outputs are text to generate, not a closed set.")
     ] = False,
+    context_field: Annotated[
+        str, typer.Option(help="Name of the column with passages: a text, or a list of them.")
+    ] = "context",
+    template: Annotated[
+        str,
+        typer.Option(
+            metavar="TEXT",
+            help="How the base model reads an input and its passages, when tuned and when served, "
+            "like '{context} question: {input}'. Default: the input, then the passages.",
+        ),
+    ] = "",
     metric: Annotated[
         str,
         typer.Option(
@@ -180,7 +191,7 @@ def register(
                     data=data,
                     description=description,
                     instruction=instruction,
-                    fields=Fields(input_field, output_field),
+                    fields=Fields(input_field, output_field, context_field),
                     with_prompt=not no_prompt,
                     free_text=free_text,
                     drop_duplicates=drop_duplicates,
@@ -188,6 +199,7 @@ def register(
                     force=force,
                     prompt_from=prompt_from,
                     metric=metric,
+                    template=template,
                 )
             ]
         result = _register(
