@@ -12,7 +12,8 @@ from torch import Tensor
 
 from router.backends.rows import Row
 from router.backends.torch_model import TorchLanguageModel
-from router.interfaces import PromptedInput
+from router.errors import IncompatibleModelError
+from router.interfaces import FloatArray, LanguageModel, PromptedInput
 from router.tasks import PromptMethod
 from trainer.answer_metrics import Metric, score
 from trainer.answer_metrics import same_text as same_text
@@ -131,8 +132,34 @@ def _score(trial: Trial, answers: Sequence[str]) -> float:
     return score(trial.metric, answers, [output for _, output in trial.rows])
 
 
-def _generated(model: TorchLanguageModel, trial: Trial) -> list[str]:
+def answers_under(
+    model: LanguageModel,
+    prompt: FloatArray,
+    method: PromptMethod,
+    labels: tuple[str, ...] | None,
+    rows: Sequence[LabelledRow],
+) -> list[str]:
+    """The answer to each row under a prompt `[P, W]`.
+
+    Raises:
+        IncompatibleModelError: this is no Hugging Face model.
+    """
+    if not isinstance(model, TorchLanguageModel):
+        raise IncompatibleModelError(
+            "base model", model.name, "prompts are measured with a Hugging Face model"
+        )
+    trial = Trial(torch.from_numpy(prompt), labels, rows, method)
+    if trial.labels is None:
+        return _generated(model, trial)
+    scores = model.score(_inputs(trial), [trial.labels] * len(trial.rows))
+    return [trial.labels[row.best] for row in scores]
+
+
+def _inputs(trial: Trial) -> list[PromptedInput]:
     values = None if trial.prompt is None else trial.prompt.detach().cpu().numpy()
+    return [PromptedInput(text, values, trial.method) for text, _ in trial.rows]
+
+
+def _generated(model: TorchLanguageModel, trial: Trial) -> list[str]:
     longest = max(len(model.tokenize_output(output)) for _, output in trial.rows)
-    inputs = [PromptedInput(text, values, trial.method) for text, _ in trial.rows]
-    return [answer.text for answer in model.generate(inputs, longest)]
+    return [answer.text for answer in model.generate(_inputs(trial), longest)]

@@ -237,18 +237,7 @@ def _tune(
         return {}
     if base_model is None:
         raise InvalidInputError("base model", "none", "give --base-model, or --no-prompt")
-    jobs = [
-        TuningJob(
-            name=task.request.name,
-            instruction=task.request.instruction or task.request.description,
-            labels=task.outputs,
-            train=_rows(task, task.train),
-            validation=_rows(task, task.validation),
-            starts=_starts(workshop, task, base_model, settings),
-            metric=task.metric,
-        )
-        for task in wanted
-    ]
+    jobs = [tuning_job(workshop, task, base_model, settings) for task in wanted]
     folders = {task.request.name: task.request.prompt_from for task in wanted}
     prompts = {}
     for job in jobs:
@@ -267,6 +256,21 @@ def _tune(
         else:
             prompts[name] = result
     return prompts
+
+
+def tuning_job(
+    workshop: Workshop, task: Prepared, base_model: LanguageModel, settings: TuningSettings
+) -> TuningJob:
+    """What to tune for a request whose data was read."""
+    return TuningJob(
+        name=task.request.name,
+        instruction=task.request.instruction or task.request.description,
+        labels=task.outputs,
+        train=_rows(task, task.train),
+        validation=_rows(task, task.validation),
+        starts=_starts(workshop, task, base_model, settings),
+        metric=task.metric,
+    )
 
 
 def _rows(task: Prepared, examples: Sequence[Example]) -> tuple[LabelledRow, ...]:
