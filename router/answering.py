@@ -13,7 +13,6 @@ from router.batching import BatchLimits, MicroBatcher
 from router.interfaces import Generation, LanguageModel, Observer, PromptedInput
 from router.observing import UNOBSERVED
 
-_PASSAGE_SEPARATOR = "\n"
 # Only used to put inputs of similar length together; a token is rarely shorter.
 _BYTES_PER_TOKEN = 4
 
@@ -123,15 +122,6 @@ class Answerer:
                 )
             )
         return answers
-
-
-def with_context(text: str, context: Sequence[str]) -> str:
-    """The input of the base model: the text, then the passages, best first, one a line.
-
-    Inputs that exceed the model's window are cut at the end: that costs the last passages, and
-    never the text. It also leaves the text next to the soft prompt, as it was when that was tuned.
-    """
-    return _PASSAGE_SEPARATOR.join((text, *context))
 
 
 def _estimate_tokens(rows: Sequence[_Row]) -> list[int]:

@@ -12,7 +12,7 @@ from typing import Protocol
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from router.answer import AnswerEvent, AnswerSummary, FinishReason
-from router.answering import Answerer, Question, with_context
+from router.answering import Answerer, Question
 from router.batching import BatchLimits, MicroBatcher
 from router.decision import Decision, Outcome, Use
 from router.errors import (
@@ -29,6 +29,7 @@ from router.observing import UNOBSERVED
 from router.rejection import RejectionPolicy
 from router.snapshot import Snapshot
 from router.tasks import ServedTask, SoftPrompt
+from router.templates import fill
 
 
 class Live(Protocol):
@@ -145,7 +146,8 @@ class Router:
         """The decision, then the answer in pieces, then a summary, all of one catalog revision.
 
         A named `task` skips routing: its decision has NaN for score and margin. The text alone is
-        routed; the base model reads `context` after it. Close the iterator to stop.
+        routed; the base model reads `context` with it, where the task's template puts it. Close the
+        iterator to stop.
 
         Raises:
             TaskNotFoundError: the snapshot has no task of that name.
@@ -170,7 +172,9 @@ class Router:
         served = snapshot.task(decision.used.name)
         prompt = usable_prompt(served)
         question = Question(
-            PromptedInput(with_context(text, context), prompt.values, prompt.method),
+            PromptedInput(
+                fill(served.record.template, text, context), prompt.values, prompt.method
+            ),
             served.record.outputs,
             output_tokens,
         )

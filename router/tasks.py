@@ -39,7 +39,8 @@ class TrainingCurve:
     """How the tuning of a prompt went.
 
     `losses` are training losses, each the mean of `steps_per_loss` steps. After `validated_at[i]`
-    steps, `validation_scores[i]` of the validation rows were right, with `validation_losses[i]`.
+    steps, the validation rows had the score `validation_scores[i]` and the loss
+    `validation_losses[i]`.
     """
 
     steps_per_loss: int
@@ -53,9 +54,9 @@ class TrainingCurve:
 class PromptSummary:
     """The soft prompt of a task: its file, and what it was tuned on.
 
-    `scores` holds shares of right answers on the validation rows: `prompt`, `majority`,
-    `no_prompt`, `instruction`. Of a prefix, `hidden_size` is the width of one layer's keys, and
-    `layers` counts the layers. `versions` are those of the software that tuned it.
+    `scores` are by `metric` (`trainer.answer_metrics`) on the validation rows: `prompt`,
+    `majority`, `no_prompt`, `instruction`. Of a prefix, `hidden_size` is the width of one layer's
+    keys, and `layers` counts the layers. `versions` are those of the software that tuned it.
     """
 
     sha256: str
@@ -90,7 +91,11 @@ _LATER_FIELDS: Mapping[str, object] = {
 
 @dataclass(frozen=True, slots=True)
 class TaskRecord:
-    """Everything that is known of one revision of a task. Written once, never changed."""
+    """Everything that is known of one revision of a task. Written once, never changed.
+
+    `template` makes the base model's input of a text and its passages (`router.templates`); empty
+    is the default one.
+    """
 
     name: str
     revision: int
@@ -104,6 +109,7 @@ class TaskRecord:
     prompt: PromptSummary | None = None
     forced_reason: str = ""
     format: int = RECORD_FORMAT
+    template: str = ""
 
     @property
     def key(self) -> TaskKey:
@@ -113,6 +119,8 @@ class TaskRecord:
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces. Its SHA-256 is the record's digest."""
         document = asdict(self)
+        if not document["template"]:
+            del document["template"]  # a later field, too
         if document["prompt"] is not None:
             document["prompt"] = {
                 key: value

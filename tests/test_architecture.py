@@ -42,6 +42,7 @@ NAMES_TORCH_MODEL = (
     "trainer/peft_exchange.py",
     "trainer/prompt_import.py",
     "trainer/prompt_parameters.py",
+    "trainer/task_tuning.py",
 )
 
 

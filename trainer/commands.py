@@ -25,7 +25,8 @@ class RegisterTask:
 
     `force` publishes a prompt that did not beat its baselines, and a task that takes too much of
     another; it is the reason, and is recorded. `prompt_from` is a folder of PEFT whose prompt is
-    taken instead of tuning one.
+    taken instead of tuning one. `metric` is what answers are scored by (`trainer.answer_metrics`);
+    empty: what suits the outputs. `template` is stored with the task (`router.templates`).
     """
 
     name: str
@@ -39,6 +40,8 @@ class RegisterTask:
     revise: bool = False
     force: str = ""
     prompt_from: Path | None = None
+    metric: str = ""
+    template: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import cast
 
 from router.errors import InvalidInputError
+from router.limits import Limits
 from router.tasks import DataSummary
+from trainer.answer_metrics import LABEL_SEPARATOR, join_labels
 
 MAX_FILE_BYTES = 2 << 30
 MAX_INPUT_BYTES = 32 << 10
 MAX_OUTPUT_BYTES = 8 << 10
+MAX_PASSAGES = Limits().max_context_passages
 _SHOWN_ROWS = 5
 
 
@@ -28,23 +31,29 @@ class Fields:
 
     input: str = "input"
     output: str = "output"
+    context: str = "context"
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Example:
-    """One labelled input of a task."""
+    """One labelled input of a task, and the passages that came with it, the best first."""
 
     input: str
     output: str
+    context: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledFile:
-    """The checked rows of a file, in an order that does not depend on the file's."""
+    """The checked rows of a file, in an order that does not depend on the file's.
+
+    `multi_label`: the outputs are sets of labels, written as `answer_metrics.join_labels` does.
+    """
 
     examples: tuple[Example, ...]
     sha256: str
     duplicates_dropped: int
+    multi_label: bool = False
 
 
 def read_labelled(
@@ -67,11 +76,15 @@ def read_labelled(
     examples: list[Example] = []
     seen: dict[str, int] = {}
     repeated: list[str] = []
+    lists: dict[bool, int] = {}  # whether an output is a list, and the first such row
     for number, row in read_rows(path):
         example = Example(
             read_cell(path, number, row, fields.input, MAX_INPUT_BYTES),
-            read_cell(path, number, row, fields.output, MAX_OUTPUT_BYTES) if with_output else "",
+            read_output(path, number, row, fields.output) if with_output else "",
+            read_context(path, number, row, fields) if with_output else (),
         )
+        if with_output:
+            lists.setdefault(isinstance(row.get(fields.output), list), number)
         if example.input in seen:
             repeated.append(f"{number} (as {seen[example.input]})")
             continue
@@ -87,9 +100,17 @@ def read_labelled(
         raise InvalidInputError(
             f"{path}", f"{len(examples)} different rows", f"give at least {min_rows}"
         )
+    if len(lists) > 1:
+        raise InvalidInputError(
+            f"{path}: field {fields.output!r}",
+            f"a list in row {lists[True]}, a text in row {lists[False]}",
+            "give lists in all rows, or in none",
+        )
     examples.sort(key=_canonical_order)
-    content = "".join(f"{e.input}\x00{e.output}\x00" for e in examples).encode()
-    return LabelledFile(tuple(examples), hashlib.sha256(content).hexdigest(), len(repeated))
+    content = "".join(map(_digested, examples)).encode()
+    return LabelledFile(
+        tuple(examples), hashlib.sha256(content).hexdigest(), len(repeated), True in lists
+    )
 
 
 def read_rows(path: Path) -> Generator[tuple[int, Mapping[str, object]]]:
@@ -152,6 +173,66 @@ def read_cell(path: Path, number: int, row: Mapping[str, object], field: str, li
     return text
 
 
+def read_output(path: Path, number: int, row: Mapping[str, object], field: str) -> str:
+    """The output of row `number`: a text, or a list of labels as one text.
+
+    Raises:
+        InvalidInputError: see `read_cell`; an empty list, or a label with the separator in it.
+    """
+    labels = row.get(field)
+    if not isinstance(labels, list):
+        return read_cell(path, number, row, field, MAX_OUTPUT_BYTES)
+    where = f"{path}: row {number}, field {field!r}"
+    if not labels:
+        raise InvalidInputError(where, "an empty list", "give a label for that, such as 'none'")
+    texts = [
+        read_cell(path, number, {field: label}, field, MAX_OUTPUT_BYTES).strip() for label in labels
+    ]
+    for text in texts:
+        if LABEL_SEPARATOR in text:
+            raise InvalidInputError(where, text, f"rename labels with {LABEL_SEPARATOR!r} in them")
+    joined = join_labels(texts)
+    size = len(joined.encode())
+    if size > MAX_OUTPUT_BYTES:
+        raise InvalidInputError(
+            where, f"{size} bytes of labels", f"give at most {MAX_OUTPUT_BYTES} bytes"
+        )
+    return joined
+
+
+def read_context(
+    path: Path, number: int, row: Mapping[str, object], fields: Fields
+) -> tuple[str, ...]:
+    """The passages of row `number`: one text, a list of them, or none.
+
+    They are limited as those of a request are.
+
+    Raises:
+        InvalidInputError: see `read_cell`; too many of them, or too long with the input.
+    """
+    value = row.get(fields.context)
+    if value is None or value in ("", []):
+        return ()
+    where = f"{path}: row {number}, field {fields.context!r}"
+    passages = value if isinstance(value, list) else [value]
+    if len(passages) > MAX_PASSAGES:
+        raise InvalidInputError(
+            where, f"{len(passages)} passages", f"give at most {MAX_PASSAGES}, the best first"
+        )
+    read = tuple(
+        read_cell(path, number, {fields.context: passage}, fields.context, MAX_INPUT_BYTES)
+        for passage in passages
+    )
+    size = sum(len(part.encode()) for part in (*read, str(row[fields.input])))
+    if size > MAX_INPUT_BYTES:
+        raise InvalidInputError(
+            where,
+            f"{size} bytes with the input",
+            f"shorten them to at most {MAX_INPUT_BYTES} bytes together",
+        )
+    return read
+
+
 def split(
     examples: Sequence[Example], validation_share: float = 0.2
 ) -> tuple[list[Example], list[Example]]:
@@ -190,6 +271,12 @@ def summarise(file: LabelledFile, train: int, validation: int) -> DataSummary:
 
 def _canonical_order(example: Example) -> bytes:
     return hashlib.sha256(f"{example.input}\x00{example.output}".encode()).digest()
+
+
+def _digested(example: Example) -> str:
+    """What the digest of a file says of a row."""
+    context = "".join(f"\x01{passage}" for passage in example.context)
+    return f"{example.input}\x00{example.output}{context}\x00"
 
 
 def _open_text(path: Path) -> io.TextIOBase:

@@ -11,10 +11,12 @@ from router.interfaces import LanguageModel, PromptedInput
 from router.routing import usable_prompt
 from router.snapshot import Snapshot
 from router.tasks import SoftPrompt
+from router.templates import fill
 from trainer import metrics
+from trainer.answer_metrics import Metric, recorded_metric, same_text, score
 from trainer.evaluate_routing import RoutedText
+from trainer.evaluation_rows import LabelledText
 from trainer.metrics import Interval
-from trainer.prompt_quality import same_text
 from trainer.register import Progress
 
 DEFAULT_OUTPUT_TOKENS = 64
@@ -24,7 +26,7 @@ _ROWS_AT_ONCE = 64
 
 @dataclass(frozen=True, slots=True)
 class AnswerFigures:
-    """Shares of right answers.
+    """Scores of answers: shares of right ones, but for a task's figures, which are by its metric.
 
     `routed` is under the prompt of the best-scoring task, `routed_with_rejection` counts rows that
     were called unknown as wrong, `oracle` is under the row's own task's prompt, and `no_prompt` has
@@ -36,14 +38,16 @@ class AnswerFigures:
     routed_with_rejection: float
     oracle: float
     no_prompt: float
+    metric: Metric = "accuracy"
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerEvaluation:
     """What `evaluate_answers` found.
 
-    `mean` is over tasks, `over_rows` over rows; the interval is that of `over_rows.routed` (95 %,
-    Wilson). `routing_loss` is what wrong routing costs: the mean's `oracle` less its `routed`.
+    `mean` is over tasks, each by its metric, `over_rows` the share of right answers; the interval
+    is that of `over_rows.routed` (95 %, Wilson). `routing_loss` is what wrong routing costs: the
+    mean's `oracle` less its `routed`.
     """
 
     base_model: str
@@ -55,14 +59,15 @@ class AnswerEvaluation:
 
 
 @dataclass(frozen=True, slots=True)
-class _Right:
-    """Which answers to one row are right."""
+class _Answered:
+    """The answers to one row; the empty text where there is none."""
 
     task: str
+    expected: str
     rejected: bool
-    routed: bool
-    oracle: bool
-    no_prompt: bool
+    routed: str
+    oracle: str
+    no_prompt: str
 
 
 def evaluate_answers(
@@ -71,12 +76,14 @@ def evaluate_answers(
     decisions: Sequence[RoutedText],
     max_output_tokens: int = DEFAULT_OUTPUT_TOKENS,
     progress: Progress = lambda *_: None,
+    metric: Metric | None = None,
 ) -> AnswerEvaluation:
     """Answer the in-scope rows, as they were routed by `decisions`, and compare with their outputs.
 
     A closed set of outputs is scored, free text of at most `max_output_tokens` is generated. An
-    answer is right that is the row's output, apart from case and white space. A row that is routed
-    to a task without a prompt gets no answer there.
+    answer is right that is the row's output, apart from case and white space. A task's answers are
+    scored by the metric that its record names, or by `metric` where one is given. A row that is
+    routed to a task without a prompt gets no answer there.
 
     Raises:
         InvalidInputError: no row is in scope.
@@ -86,10 +93,10 @@ def evaluate_answers(
     if not in_scope:
         raise InvalidInputError("rows", "none is in scope", "give rows of the catalog's tasks")
     questions = _Questions(snapshot, max_output_tokens)
-    oracle = [questions.ask(routed.row.text, str(routed.row.task)) for routed in in_scope]
-    bare = [questions.ask_bare(routed.row.text, str(routed.row.task)) for routed in in_scope]
+    oracle = [questions.ask(routed.row, str(routed.row.task)) for routed in in_scope]
+    bare = [questions.ask_bare(routed.row, str(routed.row.task)) for routed in in_scope]
     elsewhere = [
-        questions.ask_if_prompted(routed.row.text, routed.best)
+        questions.ask_if_prompted(routed.row, routed.best)
         for routed in in_scope
         if not routed.is_right
     ]
@@ -97,19 +104,18 @@ def evaluate_answers(
     oracle_answers = [next(answers) for _ in oracle]
     bare_answers = [next(answers) for _ in bare]
     other_answers = iter([next(answers) if question else None for question in elsewhere])
-    rights = []
+    answered = []
     for routed, own, plain in zip(in_scope, oracle_answers, bare_answers, strict=True):
         given = own if routed.is_right else next(other_answers)
-        rights.append(
-            _Right(
-                str(routed.row.task),
-                routed.is_rejected,
-                given is not None and same_text(given, routed.row.output),
-                same_text(own, routed.row.output),
-                same_text(plain, routed.row.output),
-            )
-        )
-    return _evaluation(model, rights)
+        task, expected = str(routed.row.task), routed.row.output
+        answered.append(_Answered(task, expected, routed.is_rejected, given or "", own, plain))
+    tasks = sorted({row.task for row in answered})
+    return _evaluation(model, answered, {t: metric or _metric(snapshot, t) for t in tasks})
+
+
+def _metric(snapshot: Snapshot, task: str) -> Metric:
+    prompt = snapshot.task(task).record.prompt
+    return "accuracy" if prompt is None else recorded_metric(prompt.metric)
 
 
 class _Questions:
@@ -119,27 +125,28 @@ class _Questions:
         self._snapshot = snapshot
         self._max_output_tokens = max_output_tokens
 
-    def ask(self, text: str, task: str) -> Question:
+    def ask(self, row: LabelledText, task: str) -> Question:
         """The question under the task's prompt."""
-        return self._question(text, task, usable_prompt(self._snapshot.task(task)))
+        return self._question(row, task, usable_prompt(self._snapshot.task(task)))
 
-    def ask_if_prompted(self, text: str, task: str) -> Question | None:
+    def ask_if_prompted(self, row: LabelledText, task: str) -> Question | None:
         """The same, or None where the task has no prompt that can be used."""
         try:
-            return self.ask(text, task)
+            return self.ask(row, task)
         except (NoPromptError, TaskOutOfServiceError):
             return None
 
-    def ask_bare(self, text: str, task: str) -> Question:
+    def ask_bare(self, row: LabelledText, task: str) -> Question:
         """The question to the base model alone, with the task's outputs to choose from."""
-        return self._question(text, task, None)
+        return self._question(row, task, None)
 
-    def _question(self, text: str, task: str, prompt: SoftPrompt | None) -> Question:
-        outputs = self._snapshot.task(task).record.outputs
-        row = PromptedInput(text, None)
+    def _question(self, row: LabelledText, task: str, prompt: SoftPrompt | None) -> Question:
+        record = self._snapshot.task(task).record
+        text = fill(record.template, row.text, row.context)
+        prompted = PromptedInput(text, None)
         if prompt is not None:
-            row = PromptedInput(text, prompt.values, prompt.method)
-        return Question(row, outputs, self._max_output_tokens)
+            prompted = PromptedInput(text, prompt.values, prompt.method)
+        return Question(prompted, record.outputs, self._max_output_tokens)
 
 
 def _answer(model: LanguageModel, questions: Sequence[Question], progress: Progress) -> list[str]:
@@ -170,12 +177,16 @@ def _batch(model: LanguageModel, questions: Sequence[Question]) -> list[str]:
     return [labels[row.best] for labels, row in zip(outputs, scores, strict=True)]
 
 
-def _evaluation(model: LanguageModel, rights: Sequence[_Right]) -> AnswerEvaluation:
-    tasks = sorted({right.task for right in rights})
-    per_task = {task: _figures([right for right in rights if right.task == task]) for task in tasks}
+def _evaluation(
+    model: LanguageModel, answered: Sequence[_Answered], metric_of: Mapping[str, Metric]
+) -> AnswerEvaluation:
+    per_task = {
+        task: _figures([row for row in answered if row.task == task], metric)
+        for task, metric in metric_of.items()
+    }
     of_tasks = list(per_task.values())
     mean = AnswerFigures(
-        len(rights),
+        len(answered),
         metrics.mean([figures.routed for figures in of_tasks]),
         metrics.mean([figures.routed_with_rejection for figures in of_tasks]),
         metrics.mean([figures.oracle for figures in of_tasks]),
@@ -184,21 +195,22 @@ def _evaluation(model: LanguageModel, rights: Sequence[_Right]) -> AnswerEvaluat
     return AnswerEvaluation(
         base_model=f"{model.name} {model.fingerprint[:16]}",
         mean=mean,
-        over_rows=_figures(rights),
+        over_rows=_figures(answered, "accuracy"),
         over_rows_routed_interval=metrics.wilson_interval(
-            sum(right.routed for right in rights), len(rights)
+            sum(same_text(row.routed, row.expected) for row in answered), len(answered)
         ),
         routing_loss=mean.oracle - mean.routed,
         per_task=per_task,
     )
 
 
-def _figures(rights: Sequence[_Right]) -> AnswerFigures:
-    rows = len(rights)
+def _figures(rows: Sequence[_Answered], metric: Metric) -> AnswerFigures:
+    expected = [row.expected for row in rows]
     return AnswerFigures(
-        rows,
-        metrics.share(sum(right.routed for right in rights), rows),
-        metrics.share(sum(right.routed and not right.rejected for right in rights), rows),
-        metrics.share(sum(right.oracle for right in rights), rows),
-        metrics.share(sum(right.no_prompt for right in rights), rows),
+        len(rows),
+        score(metric, [row.routed for row in rows], expected),
+        score(metric, ["" if row.rejected else row.routed for row in rows], expected),
+        score(metric, [row.oracle for row in rows], expected),
+        score(metric, [row.no_prompt for row in rows], expected),
+        metric,
     )

@@ -252,7 +252,7 @@ def _answers_summary(answers: AnswerEvaluation) -> list[list[str]]:
         [
             "answers, routed",
             percent(mean.routed),
-            f"mean of tasks; over rows {percent(rows.routed)}, {interval}",
+            f"mean of tasks; right over rows {percent(rows.routed)}, {interval}",
         ],
         [
             "answers, with rejection",
@@ -269,6 +269,7 @@ def _answers_table(answers: AnswerEvaluation) -> Table:
     def cells(name: str, figures: AnswerFigures) -> list[str]:
         return [
             name,
+            figures.metric,
             percent(figures.routed),
             percent(figures.routed_with_rejection),
             percent(figures.oracle),
@@ -279,6 +280,6 @@ def _answers_table(answers: AnswerEvaluation) -> Table:
     tasks = sorted(answers.per_task.items(), key=lambda item: (item[1].routed, item[0]))
     return Table(
         "Answers by task, the worst first",
-        ("task", "routed", "with rejection", "right task given", "no prompt", "rows"),
+        ("task", "metric", "routed", "with rejection", "right task given", "no prompt", "rows"),
         [cells(name, figures) for name, figures in tasks],
     )

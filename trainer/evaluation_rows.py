@@ -10,7 +10,7 @@ from pathlib import Path
 
 from router.errors import InvalidInputError
 from router.tasks import check_task_name
-from trainer.data import MAX_INPUT_BYTES, MAX_OUTPUT_BYTES, read_cell, read_rows
+from trainer.data import MAX_INPUT_BYTES, Fields, read_cell, read_context, read_output, read_rows
 
 DEFAULT_OUT_OF_SCOPE_LABEL = "oos"
 SPLIT_FIELD = "split"
@@ -22,12 +22,16 @@ _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 
 @dataclass(frozen=True, slots=True)
 class EvaluationFields:
-    """What the columns are called. Outputs and instructions are only read where they are named."""
+    """What the columns are called. Outputs and instructions are only read where they are named.
+
+    `context` is only read with the outputs.
+    """
 
     input: str = "input"
     task: str = "task"
     output: str | None = None
     instruction: str | None = None
+    context: str = "context"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,7 @@ class LabelledText:
     output: str = ""
     instruction: str = ""
     split: str = ""
+    context: tuple[str, ...] = ()
 
 
 def read_texts(
@@ -63,9 +68,12 @@ def read_texts(
                 number,
                 read_cell(path, number, row, fields.input, MAX_INPUT_BYTES),
                 task,
-                read_cell(path, number, row, output, MAX_OUTPUT_BYTES) if output else "",
+                read_output(path, number, row, output) if output else "",
                 str(row.get(fields.instruction) or "") if fields.instruction else "",
                 str(row.get(SPLIT_FIELD) or ""),
+                read_context(path, number, row, Fields(fields.input, context=fields.context))
+                if output
+                else (),
             )
         )
     if not texts:

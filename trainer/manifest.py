@@ -4,6 +4,8 @@ tasks:
   - name: review-sentiment
     data: review-sentiment.jsonl      # relative to the manifest
     instruction: Is the review positive or negative?
+    metric: macro-f1                  # optional
+    template: "{context} question: {input}"   # optional
 tuning:                               # optional, and the same for all: fields of TuningSettings
   length: 40
   clip_norm: 1.0
@@ -20,7 +22,10 @@ from trainer.commands import RegisterTask
 from trainer.data import Fields
 
 _MOST_MIB = 16
-_TEXTS = ("name", "data", "description", "instruction", "input_field", "output_field", "force")
+_TEXTS = (
+    *("name", "data", "description", "instruction", "input_field", "output_field", "force"),
+    *("context_field", "metric", "template"),
+)
 # Paths, relative to the manifest.
 _FOLDERS = ("prompt_from",)
 _FLAGS = ("with_prompt", "free_text", "drop_duplicates", "revise")
@@ -93,8 +98,14 @@ def _request(path: Path, number: int, entry: object) -> RegisterTask:
         data=path.parent / entry["data"],
         description=entry.get("description", ""),
         instruction=entry.get("instruction", ""),
-        fields=Fields(entry.get("input_field", "input"), entry.get("output_field", "output")),
+        fields=Fields(
+            entry.get("input_field", "input"),
+            entry.get("output_field", "output"),
+            entry.get("context_field", "context"),
+        ),
         force=entry.get("force", ""),
+        metric=entry.get("metric", ""),
+        template=entry.get("template", ""),
         prompt_from=path.parent / entry["prompt_from"] if entry.get("prompt_from") else None,
         **flags,
     )

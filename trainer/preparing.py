@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from router.catalog import CatalogReader
 from router.errors import InvalidInputError
 from router.tasks import check_task_name
+from router.templates import check_template
 from trainer.admission import next_revision
+from trainer.answer_metrics import Metric, check_metric, default_metric
 from trainer.commands import RegisterTask
 from trainer.data import Example, LabelledFile, closed_outputs, read_labelled, split
 
@@ -26,6 +28,7 @@ class Prepared:
     outputs: tuple[str, ...] | None
     train: Sequence[Example]
     validation: Sequence[Example]
+    metric: Metric = "accuracy"
 
 
 def prepare(catalog: CatalogReader, request: RegisterTask) -> Prepared:
@@ -37,6 +40,7 @@ def prepare(catalog: CatalogReader, request: RegisterTask) -> Prepared:
         TaskNotFoundError: `revise` is set, and the task does not exist.
     """
     check_task_name(request.name)
+    check_template(request.template, f"template of {request.name}")
     if request.prompt_from is not None and not request.with_prompt:
         raise InvalidInputError(
             "prompt_from", request.prompt_from, "give it without --no-prompt (with_prompt: false)"
@@ -58,5 +62,10 @@ def prepare(catalog: CatalogReader, request: RegisterTask) -> Prepared:
             f"only {outputs[0]!r}",
             "give rows of at least two outputs, or --no-prompt to route only",
         )
+    metric = default_metric(
+        outputs, [example.output for example in file.examples], multi_label=file.multi_label
+    )
+    if request.metric:
+        metric = check_metric(request.name, request.metric, outputs, multi_label=file.multi_label)
     train, validation = split(file.examples)
-    return Prepared(request, revision, file, outputs, train, validation)
+    return Prepared(request, revision, file, outputs, train, validation, metric)

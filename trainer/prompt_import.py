@@ -30,13 +30,17 @@ def import_prompt(model: LanguageModel, job: TuningJob, folder: Path) -> TunedPr
             "base model", model.name, "prompts are measured with a Hugging Face model"
         )
     prompt = torch.tensor(found.values, device=model.device)
-    [quality] = measure(model, [Trial(prompt, job.labels, job.validation, found.method)])
+    [quality] = measure(
+        model, [Trial(prompt, job.labels, job.validation, found.method, job.metric)]
+    )
     return TunedPrompt(
         name=job.name,
         values=found.values,
         scores={
             "prompt": quality.score,
-            **baseline_scores(model, job.instruction, job.labels, job.train, job.validation),
+            **baseline_scores(
+                model, job.instruction, job.labels, job.train, job.validation, job.metric
+            ),
         },
         validation_loss=-quality.minus_loss,
         losses=(),

@@ -1,4 +1,4 @@
-"""How well soft prompts answer labelled rows: share of right answers, and loss."""
+"""How well soft prompts answer labelled rows: the score by the task's metric, and the loss."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from torch import Tensor
 
 from router.backends.rows import Row
 from router.backends.torch_model import TorchLanguageModel
-from router.interfaces import PromptedInput
+from router.errors import IncompatibleModelError
+from router.interfaces import FloatArray, LanguageModel, PromptedInput
 from router.tasks import PromptMethod
+from trainer.answer_metrics import Metric, score
+from trainer.answer_metrics import same_text as same_text
 
 LabelledRow = tuple[str, str]
 
@@ -22,10 +25,10 @@ _LOSS_ROUNDING = 1e-4
 
 @dataclass(frozen=True, slots=True, order=True)
 class Quality:
-    """Compares by the share of right answers, then by the loss (negated: more is better).
+    """Compares by the score, then by the loss (negated: more is better).
 
     The loss is the mean of -log p(right label among the labels), or of -log p(output) where the
-    outputs are free text. It decides between prompts that are right equally often, which is most
+    outputs are free text. It decides between prompts that score the same, which is most
     of them when the rows are few.
     """
 
@@ -45,6 +48,7 @@ class Trial:
     labels: tuple[str, ...] | None
     rows: Sequence[LabelledRow]
     method: PromptMethod = "prompt"
+    metric: Metric = "accuracy"
 
 
 def measure(model: TorchLanguageModel, trials: Sequence[Trial]) -> list[Quality]:
@@ -72,36 +76,30 @@ def baseline_scores(
     labels: tuple[str, ...] | None,
     train: Sequence[LabelledRow],
     validation: Sequence[LabelledRow],
+    metric: Metric = "accuracy",
 ) -> dict[str, float]:
-    """Shares of right answers on `validation` without a soft prompt.
+    """Scores on `validation` without a soft prompt.
 
     `majority` (always the most frequent output of `train`), `no_prompt`, and `instruction`, its
     plain text as the prompt.
     """
     text = model.text_embeddings(instruction) if instruction.strip() else None
     without, with_instruction = measure(
-        model, [Trial(prompt, labels, validation) for prompt in (None, text)]
+        model, [Trial(prompt, labels, validation, metric=metric) for prompt in (None, text)]
     )
     return {
-        "majority": majority_score(train, validation),
+        "majority": majority_score(train, validation, metric),
         "no_prompt": without.score,
         "instruction": with_instruction.score,
     }
 
 
-def majority_score(train: Sequence[LabelledRow], rows: Sequence[LabelledRow]) -> float:
+def majority_score(
+    train: Sequence[LabelledRow], rows: Sequence[LabelledRow], metric: Metric = "accuracy"
+) -> float:
     """The score of always answering the most frequent output of `train` (the first, if several)."""
     most_frequent = Counter(sorted(output for _, output in train)).most_common(1)[0][0]
-    return float(np.mean([output == most_frequent for _, output in rows]))
-
-
-def same_text(answer: str, expected: str) -> bool:
-    """Whether two texts say the same, apart from case and white space.
-
-    White space is ignored altogether: uncased word-piece tokenizers, such as the embedded one,
-    write `3. 5` and `stoke - on - trent`.
-    """
-    return "".join(answer.split()).casefold() == "".join(expected.split()).casefold()
+    return score(metric, [most_frequent] * len(rows), [output for _, output in rows])
 
 
 def _rows(model: TorchLanguageModel, trial: Trial) -> list[Row]:
@@ -121,25 +119,47 @@ def _rows(model: TorchLanguageModel, trial: Trial) -> list[Row]:
 def _quality(model: TorchLanguageModel, trial: Trial, scores: Sequence[np.ndarray]) -> Quality:
     if trial.labels is None:
         loss = -float(np.mean([row[0] for row in scores]))
-        return Quality(_exact_matches(model, trial), -loss)
+        return Quality(_score(trial, _generated(model, trial)), -loss)
     right = [trial.labels.index(output) for _, output in trial.rows]
-    hits = [int(row.argmax()) == k for row, k in zip(scores, right, strict=True)]
+    answers = [trial.labels[int(row.argmax())] for row in scores]
     log_shares = [
         float(torch.from_numpy(row).log_softmax(0)[k]) for row, k in zip(scores, right, strict=True)
     ]
-    return Quality(float(np.mean(hits)), float(np.mean(log_shares)))
+    return Quality(_score(trial, answers), float(np.mean(log_shares)))
 
 
-def _exact_matches(model: TorchLanguageModel, trial: Trial) -> float:
-    values = None if trial.prompt is None else trial.prompt.detach().cpu().numpy()
-    longest = max(len(model.tokenize_output(output)) for _, output in trial.rows)
-    inputs = [PromptedInput(text, values, trial.method) for text, _ in trial.rows]
-    answers = model.generate(inputs, longest)
-    return float(
-        np.mean(
-            [
-                same_text(answer.text, output)
-                for answer, (_, output) in zip(answers, trial.rows, strict=True)
-            ]
+def _score(trial: Trial, answers: Sequence[str]) -> float:
+    return score(trial.metric, answers, [output for _, output in trial.rows])
+
+
+def answers_under(
+    model: LanguageModel,
+    prompt: FloatArray,
+    method: PromptMethod,
+    labels: tuple[str, ...] | None,
+    rows: Sequence[LabelledRow],
+) -> list[str]:
+    """The answer to each row under a prompt `[P, W]`.
+
+    Raises:
+        IncompatibleModelError: this is no Hugging Face model.
+    """
+    if not isinstance(model, TorchLanguageModel):
+        raise IncompatibleModelError(
+            "base model", model.name, "prompts are measured with a Hugging Face model"
         )
-    )
+    trial = Trial(torch.from_numpy(prompt), labels, rows, method)
+    if trial.labels is None:
+        return _generated(model, trial)
+    scores = model.score(_inputs(trial), [trial.labels] * len(trial.rows))
+    return [trial.labels[row.best] for row in scores]
+
+
+def _inputs(trial: Trial) -> list[PromptedInput]:
+    values = None if trial.prompt is None else trial.prompt.detach().cpu().numpy()
+    return [PromptedInput(text, values, trial.method) for text, _ in trial.rows]
+
+
+def _generated(model: TorchLanguageModel, trial: Trial) -> list[str]:
+    longest = max(len(model.tokenize_output(output)) for _, output in trial.rows)
+    return [answer.text for answer in model.generate(_inputs(trial), longest)]

@@ -19,17 +19,20 @@ from router.interfaces import Embeddings, LanguageModel
 from router.loading import CLUSTERS_TENSOR, EMBEDDINGS_TENSOR, PROMPT_TENSORS
 from router.statistics import to_fixed_point
 from router.tasks import PromptSummary, TaskRecord
+from router.templates import fill
 from trainer.admission import Registered, SuspectInput
+from trainer.answer_metrics import Metric
 from trainer.catalog_writer import now
 from trainer.checkpoint import DEFAULT_SECONDS, Checkpoints
 from trainer.clustering import cluster
 from trainer.commands import PolicyChange, RegisterTask
-from trainer.data import LabelledFile, summarise
+from trainer.data import Example, LabelledFile, summarise
 from trainer.gate import DEFAULT_GATE_LIMIT, InterferenceError
 from trainer.initialisation import Start
 from trainer.nearest_prompts import nearest_prompts
 from trainer.preparing import Prepared, prepare
 from trainer.prompt_import import import_prompt
+from trainer.prompt_quality import LabelledRow
 from trainer.tuned_prompt import TunedPrompt, TuningFailure, training_curve
 from trainer.tuning import tune
 from trainer.tuning_settings import TuningJob, TuningSettings
@@ -79,7 +82,7 @@ def register(
         tuned = prompts.get(task.request.name)
         try:
             if tuned is not None:
-                check_prompt(task.request, tuned)
+                check_prompt(task.request, tuned, task.metric)
             records.append(_store(workshop, task, tuned, base_model, progress))
         except PromptyardError as error:
             failures[task.request.name] = error
@@ -134,7 +137,7 @@ def _suspects(
     return tuple(sorted(suspects, key=lambda suspect: suspect.decided is None))
 
 
-def check_prompt(request: RegisterTask, tuned: TunedPrompt) -> None:
+def check_prompt(request: RegisterTask, tuned: TunedPrompt, metric: Metric = "accuracy") -> None:
     """Refuse a prompt that is no better than the majority class or the plain instruction.
 
     Raises:
@@ -145,7 +148,7 @@ def check_prompt(request: RegisterTask, tuned: TunedPrompt) -> None:
     if scores["prompt"] <= floor and not request.force:
         raise RefusedError(
             f"prompt of {request.name}",
-            f"{scores['prompt']:.1%} right; majority class {scores['majority']:.1%}, "
+            f"{metric} {scores['prompt']:.1%}; majority class {scores['majority']:.1%}, "
             f"plain instruction {scores['instruction']:.1%}",
             "give more or cleaner rows or more --steps; --force REASON publishes it all the same",
         )
@@ -183,17 +186,7 @@ def _tune(
         return {}
     if base_model is None:
         raise InvalidInputError("base model", "none", "give --base-model, or --no-prompt")
-    jobs = [
-        TuningJob(
-            name=task.request.name,
-            instruction=task.request.instruction or task.request.description,
-            labels=task.outputs,
-            train=tuple((example.input, example.output) for example in task.train),
-            validation=tuple((example.input, example.output) for example in task.validation),
-            starts=_starts(workshop, task, base_model, settings),
-        )
-        for task in wanted
-    ]
+    jobs = [tuning_job(workshop, task, base_model, settings) for task in wanted]
     folders = {task.request.name: task.request.prompt_from for task in wanted}
     prompts = {}
     for job in jobs:
@@ -212,6 +205,27 @@ def _tune(
         else:
             prompts[name] = result
     return prompts
+
+
+def tuning_job(
+    workshop: Workshop, task: Prepared, base_model: LanguageModel, settings: TuningSettings
+) -> TuningJob:
+    """What to tune for a request whose data was read."""
+    return TuningJob(
+        name=task.request.name,
+        instruction=task.request.instruction or task.request.description,
+        labels=task.outputs,
+        train=_rows(task, task.train),
+        validation=_rows(task, task.validation),
+        starts=_starts(workshop, task, base_model, settings),
+        metric=task.metric,
+    )
+
+
+def _rows(task: Prepared, examples: Sequence[Example]) -> tuple[LabelledRow, ...]:
+    """What the base model reads of examples, and their outputs."""
+    template = task.request.template
+    return tuple((fill(template, each.input, each.context), each.output) for each in examples)
 
 
 def _starts(
@@ -248,7 +262,7 @@ def _store(
             hidden_size=width if tuned.layers == 0 else width // (2 * tuned.layers),
             base_model=base_model.fingerprint,
             base_model_name=base_model.name,
-            metric="exact match" if task.outputs is None else "accuracy",
+            metric=task.metric,
             scores=dict(tuned.scores),
             settings={**tuned.settings, "python": platform.python_version()},
             steps=tuned.steps,
@@ -270,6 +284,7 @@ def _store(
         embeddings_sha256=embeddings_sha256,
         prompt=prompt,
         forced_reason=request.force,
+        template=request.template,
     )
 
 

@@ -81,7 +81,7 @@ class TaskTuning:
             start, settings.reparametrisation, settings.bottleneck, settings.seed
         )
         self.baselines = baselines or baseline_scores(
-            model, job.instruction, job.labels, job.train, job.validation
+            model, job.instruction, job.labels, job.train, job.validation, job.metric
         )
         self._best: tuple[Quality, Tensor] | None = None
         self._stale = 0
@@ -120,7 +120,8 @@ class TaskTuning:
 
     def trial(self) -> Trial:
         """The prompt as it is now, on the validation rows."""
-        return Trial(self.prompt.detach(), self.job.labels, self.job.validation, self._method)
+        job = self.job
+        return Trial(self.prompt.detach(), job.labels, job.validation, self._method, job.metric)
 
     def next_rows(self) -> list[TrainingRow]:
         """The rows of the next step."""

@@ -15,7 +15,7 @@ _MOST_LOSSES = 200
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """The share of right answers on the validation rows, and the loss, after so many steps."""
+    """The score on the validation rows by the task's metric, and the loss, after so many steps."""
 
     step: int
     score: float
@@ -26,7 +26,7 @@ class Validation:
 class TunedPrompt:
     """The best prompt `[P, W]` (float32) of a task, and how it compares on the validation rows.
 
-    `scores` are shares of right answers: `prompt`, `majority` (always the most frequent output),
+    `scores` are by the task's metric: `prompt`, `majority` (always the most frequent output),
     `no_prompt`, `instruction` (its plain text as the prompt). `losses` are the training losses of
     each step, `steps` how many there were, `seconds` the task's share of the whole time; `layers`
     counts those of a prefix; `settings` are what it was tuned with, `validations` all that were

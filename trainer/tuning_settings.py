@@ -11,6 +11,7 @@ from typing import get_args
 
 from router.errors import InvalidInputError
 from router.tasks import PromptMethod
+from trainer.answer_metrics import Metric
 from trainer.commands import (
     GradientPrecision,
     Initialisation,
@@ -79,7 +80,8 @@ class TuningJob:
     """A task to tune a prompt for: rows are (input, output).
 
     `labels` is the closed set of outputs, or None where the outputs are free text. `starts` are
-    prompts that `nearest` and `best` may start from.
+    prompts that `nearest` and `best` may start from. `metric` is what the validation rows are
+    scored by; prompts of equal score are told apart by the loss.
     """
 
     name: str
@@ -88,13 +90,14 @@ class TuningJob:
     train: Sequence[LabelledRow]
     validation: Sequence[LabelledRow]
     starts: tuple[Start, ...] = ()
+    metric: Metric = "accuracy"
 
     @property
     def identity(self) -> list[object]:
         """What its result depends on, as values of JSON."""
         starts = [hashlib.sha256(start.values.tobytes()).hexdigest() for start in self.starts]
         return [
-            *(self.name, self.instruction, self.labels, starts),
+            *(self.name, self.instruction, self.labels, starts, self.metric),
             *(list(map(list, self.train)), list(map(list, self.validation))),
         ]
 

@@ -23,6 +23,7 @@ from router.backends.rows import Row, TextTokens, lay_out
 from router.errors import IncompatibleModelError, InvalidInputError
 from router.interfaces import FloatArray, PromptedInput
 from router.tasks import PromptMethod
+from router.templates import FilledTemplate
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,14 +178,18 @@ class PromptedNetwork(ABC):
     def tokenize_inputs(
         self, texts: Sequence[str], prompt_lengths: Sequence[int], output_tokens: Sequence[int]
     ) -> list[TextTokens]:
-        """Token ids of `texts`, cut on the right so that prompt and output still fit the window.
+        """Token ids of `texts`, cut so that prompt and output still fit the window.
+
+        They are cut on the right; a filled template loses the end of its passages instead.
 
         Raises:
             IncompatibleModelError: the window cannot hold the prompt and one token of the text.
         """
         plain = self.plain_ids(texts)
         tokens = []
-        for ids, prompt_length, outputs in zip(plain, prompt_lengths, output_tokens, strict=True):
+        for text, ids, prompt_length, outputs in zip(
+            texts, plain, prompt_lengths, output_tokens, strict=True
+        ):
             taken = prompt_length + (outputs if self.shares_window else 0)
             room = self.window - taken - len(self._before) - len(self._after)
             if room < 1:
@@ -193,10 +198,18 @@ class PromptedNetwork(ABC):
                     f"{prompt_length} vectors and {outputs} output tokens",
                     f"use a shorter prompt: {self.name} takes {self.window} positions in all",
                 )
+            kept = ids
+            if len(ids) > room and isinstance(text, FilledTemplate):
+                kept = self._with_fewer_passages(text, room)
             tokens.append(
-                TextTokens((*self._before, *ids[:room], *self._after), truncated=len(ids) > room)
+                TextTokens((*self._before, *kept[:room], *self._after), truncated=len(ids) > room)
             )
         return tokens
+
+    def _with_fewer_passages(self, text: FilledTemplate, room: int) -> list[int]:
+        """Token ids of `text` without the end of its passages, which would not fit `room`."""
+        before, passages, after = self.plain_ids([text.before, text.passages, text.after])
+        return [*before, *passages[: max(0, room - len(before) - len(after))], *after]
 
     def text_embeddings(self, text: str, length: int | None = None) -> Tensor:
         """Input embeddings `[P, H]` of a text without special tokens, float32.

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from router.answering import Answerer, Question, with_context
+from router.answering import Answerer, Question
 from router.batching import BatchLimits
 from router.errors import OverloadedError
 from router.interfaces import Generation, PromptedInput
@@ -185,8 +185,3 @@ async def test_an_error_of_the_model_reaches_the_caller(
     with pytest.raises(RuntimeError, match="out of memory"):
         await ask(answerer, question("x", ("a",)))
     assert (await ask(answerer, question("y")))[0] == ["Y "]
-
-
-def test_the_text_comes_before_its_context_so_that_cutting_the_end_keeps_it() -> None:
-    assert with_context("text", ["best", "second"]) == "text\nbest\nsecond"
-    assert with_context("text", []) == "text"

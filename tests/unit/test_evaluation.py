@@ -302,3 +302,12 @@ def test_more_orders_than_there_are_are_refused() -> None:
     assert random_orders("a", 1) == [("a",)]
     with pytest.raises(InvalidInputError, match="--orders: 7; 3 tasks have 6 orders"):
         random_orders("abc", 7)
+
+
+def test_a_task_s_answers_are_scored_by_its_metric_and_rows_by_being_right() -> None:
+    # The fake model writes the text's words: half of them are in the output.
+    decisions = [as_routed(LabelledText(1, "one two", "story", "one three"), "story")]
+    answers = evaluate_answers(make_snapshot(), FakeLanguageModel(), decisions, metric="rouge-l")
+    assert answers.per_task["story"].metric == "rouge-l"
+    assert answers.per_task["story"].oracle == answers.mean.oracle == pytest.approx(0.5)
+    assert answers.over_rows.oracle == 0.0

@@ -447,7 +447,7 @@ def test_free_text_has_no_closed_outputs_and_another_metric(
     for record in register(workshop, requests, FakeLanguageModel(), TuningSettings()).records:
         assert record.outputs is None
         assert record.prompt is not None
-        assert record.prompt.metric == "exact match"
+        assert record.prompt.metric == "exact-match"
     assert tuner.jobs[0].instruction == "Why?"
 
 

@@ -611,3 +611,19 @@ def test_settings_by_name_keep_what_suits_the_method() -> None:
 def test_a_setting_that_is_none_is_refused(given: dict[str, object], problem: str) -> None:
     with pytest.raises(InvalidInputError, match=problem):
         tuning_settings(given)
+
+
+def test_validation_scores_are_by_the_task_s_metric(model: TorchLanguageModel) -> None:
+    uneven = replace(SENTIMENT, validation=(*SENTIMENT.validation[:3], SENTIMENT.validation[3]))
+    trials = [
+        Trial(None, uneven.labels, uneven.validation, metric=metric)
+        for metric in ("accuracy", "macro-f1")
+    ]
+    accuracy, macro = measure(model, trials)
+    assert accuracy.minus_loss == macro.minus_loss
+    # An untuned model answers one label only here: right for 3 rows or for 1 of 4.
+    assert {accuracy.score: macro.score} in ({0.75: 3 / 7}, {0.25: 0.2})
+    assert majority_score(uneven.train, uneven.validation, "macro-f1") in (
+        pytest.approx(3 / 7),
+        pytest.approx(0.2),
+    )

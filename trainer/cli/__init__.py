@@ -20,6 +20,7 @@ from trainer.cli import (
     registering,
     serving,
     tasks,
+    trying,
 )
 from trainer.cli.console import fail, quiet_libraries
 
@@ -72,6 +73,7 @@ def _options(
 
 
 registering.add_to(app)
+trying.add_to(app)
 tasks.add_to(app)
 inspecting.add_to(app)
 exchanging.add_to(app)

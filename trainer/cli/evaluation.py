@@ -11,6 +11,7 @@ import typer
 
 from router.errors import InvalidInputError, StorageError
 from router.settings import DEFAULT_BASE_MODEL, DEFAULT_ENCODER
+from trainer.answer_metrics import Metric
 from trainer.cli.console import (
     AsJson,
     BaseModel,
@@ -122,7 +123,14 @@ def answers(
     oos_label: OosLabel = "oos",
     unknown_as_oos: UnknownAsOos = False,
     rows_per_task: RowsPerTask = None,
+    context_field: Annotated[
+        str, typer.Option(help="Name of the column with passages: a text, or a list of them.")
+    ] = "context",
     max_output_tokens: OutputTokens = 64,
+    metric: Annotated[
+        Metric | None,
+        typer.Option(help="Score all tasks by this. Default: each by what its record names."),
+    ] = None,
     with_text: WithText = False,
     home: Home = None,
     encoder: EncoderName = DEFAULT_ENCODER,
@@ -134,7 +142,9 @@ def answers(
     promptyard evaluate answers --data held-out.jsonl --report out
 
     A task with a closed set of outputs gets the most probable one; other answers are generated, and
-    must match but for case and white space. Out-of-scope rows are not answered.
+    must match but for case and white space, or are scored by ROUGE-L and the like where the task's
+    metric says so. A list of labels is an output like any. Passages
+    are placed by the task's template. Out-of-scope rows are not answered.
     """
     with errors_for_people(as_json):
         from router.bootstrap import load_base_model, load_encoder, log_to_stderr
@@ -150,7 +160,7 @@ def answers(
 
         log_to_stderr("warning")
         make_folder(report)
-        fields = EvaluationFields(input_field, task_field, output_field)
+        fields = EvaluationFields(input_field, task_field, output_field, context=context_field)
         rows = read_texts(data, fields, oos_label)
         loaded, model = load_encoder(encoder), load_base_model(base_model)
         if model is None:
@@ -161,7 +171,9 @@ def answers(
         with progress_bars() as progress:
             embeddings = embed_texts(loaded, [row.text for row in rows], progress)
             decisions = decide(snapshot, rows, embeddings)
-            evaluation = evaluate_answers(snapshot, model, decisions, max_output_tokens, progress)
+            evaluation = evaluate_answers(
+                snapshot, model, decisions, max_output_tokens, progress, metric
+            )
         _deliver(answers_report(evaluation, decisions, data.name), report, as_json, with_text)
 
 

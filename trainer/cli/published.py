@@ -69,6 +69,7 @@ def summary(record: TaskRecord) -> dict[str, object]:
         "sha256": record.sha256,
         "rows": record.data.rows,
         "outputs": record.outputs,
+        "template": record.template,
         "prompt": asdict(record.prompt) if record.prompt else None,
         "created_at": record.created_at,
     }

@@ -11,7 +11,6 @@ from trainer.cli.console import (
     error_fields,
     exit_code,
     print_error,
-    print_json,
     print_table,
 )
 from trainer.cli.published import print_effect, print_gate, summary
@@ -19,46 +18,59 @@ from trainer.cli.published import print_effect, print_gate, summary
 if TYPE_CHECKING:
     from router.tasks import TaskRecord
     from trainer.admission import Registered
+    from trainer.gate import GateReport
 
 
-def print_registered(result: Registered, as_json: bool) -> None:
-    """Print what was registered and what it does to the others; leave with a code if any failed."""
+def registered_document(result: Registered) -> dict[str, object]:
+    """What became of a registration, for programs."""
+    gate = _gate_of(result)
+    return {
+        "revision": result.published.revision if result.published else None,
+        "registered": [summary(record) for record in result.records],
+        "failed": {name: error_fields(error) for name, error in result.failures.items()},
+        "report": result.published.report if result.published else None,
+        "gate": gate.document() if gate else None,
+        "suspects": [asdict(suspect) for suspect in result.suspects],
+    }
+
+
+def _gate_of(result: Registered) -> GateReport | None:
     from trainer.gate import InterferenceError
 
-    failures = result.failures
-    refused = [error for error in failures.values() if isinstance(error, InterferenceError)]
-    gate = result.published.gate if result.published else None
-    if gate is None and refused:
-        gate = refused[0].report
-    if as_json:
-        print_json(
-            {
-                "revision": result.published.revision if result.published else None,
-                "registered": [summary(record) for record in result.records],
-                "failed": {name: error_fields(error) for name, error in failures.items()},
-                "report": result.published.report if result.published else None,
-                "gate": gate.document() if gate else None,
-                "suspects": [asdict(suspect) for suspect in result.suspects],
-            }
+    if result.published is not None and result.published.gate is not None:
+        return result.published.gate
+    refused = [error for error in result.failures.values() if isinstance(error, InterferenceError)]
+    return refused[0].report if refused else None
+
+
+def print_registered(result: Registered) -> None:
+    """What became of a registration, for people."""
+    if result.published is not None:
+        print_table(
+            [
+                *("task", "revision", "rows", "metric"),
+                *("prompt", "majority", "instruction", "no prompt"),
+            ],
+            [_scores(record) for record in result.records],
+            title=f"published catalog revision {result.published.revision}",
         )
-    else:
-        if result.published is not None:
-            print_table(
-                ["task", "revision", "rows", "prompt", "majority", "instruction", "no prompt"],
-                [_scores(record) for record in result.records],
-                title=f"published catalog revision {result.published.revision}",
-            )
-            print_effect(result.published)
-        if gate is not None:
-            print_gate(gate, result.suspects)
-        for name, error in failures.items():
-            print_error(f"{name} was not registered", error)
-    if failures:
-        raise typer.Exit(max(exit_code(error) for error in failures.values()))
+        print_effect(result.published)
+    gate = _gate_of(result)
+    if gate is not None:
+        print_gate(gate, result.suspects)
+    for name, error in result.failures.items():
+        print_error(f"{name} was not registered", error)
+
+
+def leave_if_failed(result: Registered) -> None:
+    """Leave with the exit code of the worst failure, if there is one."""
+    if result.failures:
+        raise typer.Exit(max(exit_code(error) for error in result.failures.values()))
 
 
 def _scores(record: TaskRecord) -> list[object]:
     scores = record.prompt.scores if record.prompt else {}
     columns = ("prompt", "majority", "instruction", "no_prompt")
     shown = [f"{scores[column]:.1%}" if column in scores else "-" for column in columns]
-    return [record.name, record.revision, record.data.rows, *shown]
+    metric = record.prompt.metric if record.prompt else "-"
+    return [record.name, record.revision, record.data.rows, metric, *shown]

@@ -20,9 +20,10 @@ from trainer.cli.console import (
     Home,
     errors_for_people,
     home_folder,
+    print_json,
     progress_bars,
 )
-from trainer.cli.registered import print_registered
+from trainer.cli.registered import leave_if_failed, print_registered, registered_document
 from trainer.commands import Initialisation
 
 if TYPE_CHECKING:
@@ -85,6 +86,25 @@ def register(
     free_text: Annotated[
         bool, typer.Option("--free-text", help="Outputs are text to generate, not a closed set.")
     ] = False,
+    context_field: Annotated[
+        str, typer.Option(help="Name of the column with passages: a text, or a list of them.")
+    ] = "context",
+    template: Annotated[
+        str,
+        typer.Option(
+            metavar="TEXT",
+            help="How the base model reads an input and its passages, when tuned and when served, "
+            "like '{context} question: {input}'. Default: the input, then the passages.",
+        ),
+    ] = "",
+    metric: Annotated[
+        str,
+        typer.Option(
+            help="What answers are scored by, for early stopping and in the record: accuracy, "
+            "macro-f1, exact-match, rouge-l, or label-f1 for lists of labels. Default: what suits "
+            "the outputs."
+        ),
+    ] = "",
     drop_duplicates: Annotated[
         bool, typer.Option("--drop-duplicates", help="Keep the first of repeated inputs.")
     ] = False,
@@ -149,7 +169,8 @@ def register(
     promptyard register --manifest tasks.yaml
     promptyard register refunds --revise --data more.jsonl
 
-    Rows are {"input": ..., "output": ...}. Running servers pick the new task up by themselves.
+    Rows are {"input": ..., "output": ...}; an output may be a list of labels. Running servers pick
+    the new task up by themselves.
     """  # noqa: D301 - \b keeps click from joining the lines
     with errors_for_people(as_json):
         from trainer.commands import PolicyChange, RegisterTask
@@ -175,13 +196,15 @@ def register(
                     data=data,
                     description=description,
                     instruction=instruction,
-                    fields=Fields(input_field, output_field),
+                    fields=Fields(input_field, output_field, context_field),
                     with_prompt=not no_prompt,
                     free_text=free_text,
                     drop_duplicates=drop_duplicates,
                     revise=revise,
                     force=force,
                     prompt_from=prompt_from,
+                    metric=metric,
+                    template=template,
                 )
             ]
         result = _register(
@@ -195,7 +218,11 @@ def register(
             gate_limit,
             checkpoint_seconds,
         )
-        print_registered(result, as_json)
+        if as_json:
+            print_json(registered_document(result))
+        else:
+            print_registered(result)
+        leave_if_failed(result)
 
 
 def _register(

@@ -27,6 +27,7 @@ from trainer.cli.published import print_published, publish_or_refuse, summary
 
 if TYPE_CHECKING:
     from router.tasks import TaskRecord
+    from trainer.data import Fields
     from trainer.workshop import Workshop
 
 TaskName = Annotated[str, typer.Argument(metavar="NAME", help="The task's name.")]
@@ -109,6 +110,9 @@ def show(
     ] = None,
     input_field: Annotated[str, typer.Option(help="Name of the column with inputs.")] = "input",
     output_field: Annotated[str, typer.Option(help="Name of the column with outputs.")] = "output",
+    context_field: Annotated[
+        str, typer.Option(help="Name of the column with passages.")
+    ] = "context",
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -116,6 +120,7 @@ def show(
     with errors_for_people(as_json):
         from router.catalog import CatalogReader
         from trainer.cli.chosen_task import chosen_record
+        from trainer.data import Fields
 
         with CatalogReader(home_folder(home)) as catalog:
             record = chosen_record(catalog, name, revision)
@@ -123,7 +128,7 @@ def show(
             live = history[-1][1]
             head = catalog.revision(catalog.newest_revision())
         if row is not None or data is not None:
-            _show_row(record, row, data, input_field, output_field, as_json)
+            _show_row(record, row, data, Fields(input_field, output_field, context_field), as_json)
             return
         document = {
             **asdict(record),
@@ -225,20 +230,19 @@ def _show_row(
     record: TaskRecord,
     row: int | None,
     data: Path | None,
-    input_field: str,
-    output_field: str,
+    fields: Fields,
     as_json: bool,
 ) -> None:
     """Find a stored row in the file that it came from."""
     from router.errors import InvalidInputError
-    from trainer.data import Fields, read_labelled
+    from trainer.data import read_labelled
 
     if row is None or data is None:
         missing = "--row" if row is None else "--data"
         raise InvalidInputError(missing, "missing", "give a row's number and the task's file")
     file = read_labelled(
         data,
-        Fields(input_field, output_field),
+        fields,
         with_output=record.prompt is not None,
         drop_duplicates=True,
         min_rows=1,
