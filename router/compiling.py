@@ -86,7 +86,7 @@ def compile_head(
         probability=fit_probability(held_out),
         examples=examples if closeness is not None else None,
         closeness_weight=weights.closeness,
-        calibration=_quantiles(held_out, decided, len(tasks)),
+        calibration=_calibration(held_out, len(tasks)),
     )
 
 
@@ -188,15 +188,14 @@ def _conformal(scores: FloatArray, rate: float) -> float:
     return float(np.partition(scores, rank - 1)[rank - 1]) if len(scores) else -np.inf
 
 
-def _quantiles(
-    scores: HeldOutScores, decided: NDArray[np.int64], tasks: int
-) -> NDArray[np.float64]:
-    """Per task `[K, Q]`, quantiles of the scores of the rows that were decided for it."""
-    found = np.full((tasks, len(CALIBRATION_LEVELS)), np.nan)
+def _calibration(scores: HeldOutScores, tasks: int) -> NDArray[np.float64]:
+    """Per task `[K, 1 + Q]`: the rows that it scored best for, and quantiles of their scores."""
+    found = np.full((tasks, 1 + len(CALIBRATION_LEVELS)), np.nan)
     for number in range(tasks):
-        mine = scores.best[(decided == number) & np.isfinite(scores.best)]
+        mine = scores.best[(scores.winner == number) & np.isfinite(scores.best)]
+        found[number, 0] = len(mine)
         if len(mine):
-            found[number] = np.quantile(mine, CALIBRATION_LEVELS, method="inverted_cdf")
+            found[number, 1:] = np.quantile(mine, CALIBRATION_LEVELS, method="inverted_cdf")
     return found
 
 

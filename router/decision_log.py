@@ -48,7 +48,7 @@ class DecisionLog:
             ) from error
 
     def note(self, decided: Iterable[tuple[str, Decision]], tenant: str = "") -> None:
-        """Note decisions on texts, those that are sampled."""
+        """Note decisions on texts, those that are sampled; each lists its best candidate."""
         lines = [
             self._line(text, decision, tenant)
             for text, decision in decided
@@ -59,6 +59,7 @@ class DecisionLog:
 
     def _line(self, text: str, decision: Decision, tenant: str) -> bytes:
         salted = f"{tenant}\0{text}".encode(errors="surrogatepass")
+        best = decision.candidates[0].task if decision.candidates else decision.task
         line = {
             "time": round(time.time(), 3),
             "tenant": tenant,
@@ -66,7 +67,7 @@ class DecisionLog:
             "text": hashlib.blake2b(salted, digest_size=8, key=self._salt).hexdigest(),
             "outcome": decision.outcome.value,
             "task": None if decision.task is None else decision.task.name,
-            "task_revision": None if decision.task is None else decision.task.revision,
+            "best": None if best is None else str(best),
             "score": decision.score if math.isfinite(decision.score) else None,
             "probability": decision.probability,
         }

@@ -37,8 +37,8 @@ class Head:
     rows `[M, D + 1]`, row_task `[M]`, thresholds `[K]`, center `[D]`, background `[D, D]` or None.
     `held_out` `[N]` is the number of the task that each stored row was routed to by a head that
     was fitted without it (-1: rejected), in the order of `tasks` and, within a task, of its rows.
-    `calibration` `[K, Q]` holds quantiles of the scores of the rows that were routed to each task
-    so (NaN for one that got none); None in heads of old.
+    `calibration` `[K, 1 + Q]` tells of the rows that each task scored best for so, accepted or not:
+    how many they are, and quantiles of their scores (NaN for none). None in heads of old.
     """
 
     kind: str
@@ -174,7 +174,7 @@ class Head:
             and (self.background is None or self.background.shape == (dimension, dimension))
             and (
                 self.calibration is None
-                or self.calibration.shape == (len(self.tasks), len(CALIBRATION_LEVELS))
+                or self.calibration.shape == (len(self.tasks), 1 + len(CALIBRATION_LEVELS))
             )
             and all(np.isfinite(array).all() for array in floats)
             and (self.examples is None or self.examples.fit(len(self.tasks), dimension))

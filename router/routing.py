@@ -80,7 +80,10 @@ class Router:
         explainer: Explainer | None = None,
         note: Callable[[Sequence[tuple[str, Decision]]], None] | None = None,
     ) -> None:
-        """`note` is told the texts of every batch and their decisions, in the worker thread."""
+        """`note` is told the texts of every batch and their decisions, in the worker thread.
+
+        These list the best candidate, whatever the caller wants listed.
+        """
         self.live = live
         self.encoder = encoder
         self.answerer = answerer
@@ -229,7 +232,7 @@ class Router:
             self.observer.decided(decision)
         if self._note is not None:
             texts = [question.text for question in questions]
-            self._note(list(zip(texts, decided, strict=True)))
+            self._note(list(zip(texts, decisions, strict=True)))
         return decided
 
 

@@ -1,11 +1,13 @@
 """Drift: whether sampled decisions still look like those that a revision was calibrated on.
 
-Scores: the scores of a task's decisions against those of the held-out rows that calibration decided
-for it, by the two-sample Kolmogorov-Smirnov test (Smirnov 1948). The head stores 19 quantiles of
-those, so that the largest distance is looked for at these places alone: it may be missed by a
-little, and is never invented. Volumes: the share of a task in the older and the newer half of the
-log, by Fisher's exact test. Both over all tasks at once at 1 % (Holm 1979), and only where the
-difference is large enough to matter.
+Scores: those of the texts that a task scores best for, accepted or not, against those of the
+held-out rows at calibration, by the two-sample Kolmogorov-Smirnov test (Smirnov 1948). The head
+stores 19 quantiles of these, so that the largest distance is looked for at these places alone: it
+may be missed by a little, and is never invented. Texts that are now rejected count, too: a task
+whose inputs changed would otherwise lose just those that show it.
+
+Volumes: the share of a task in the older and the newer half of the log, by Fisher's exact test.
+Both over all tasks at once at 1 % (Holm 1979), and only where the difference is large.
 """
 
 from __future__ import annotations
@@ -35,12 +37,17 @@ _UNKNOWN = ""
 
 @dataclass(frozen=True, slots=True)
 class Noted:
-    """One line of a decision log. `task` is `NAME@REVISION`, empty for an unknown text."""
+    """One line of a decision log.
+
+    `task` is the name that was decided for, empty for an unknown text; `best` is NAME@REVISION of
+    the task that scored best, empty where there is none.
+    """
 
     tenant: str
     revision: int
     text: str
     task: str
+    best: str
     score: float | None
 
 
@@ -144,11 +151,12 @@ def _score_drift(used: Sequence[Noted], head: Head) -> tuple[ScoreDrift, ...]:
         scores_by_text = {
             each.text: each.score
             for each in used
-            if each.task == str(key) and each.score is not None
+            if each.best == str(key) and each.score is not None
         }
         scores = np.sort(np.array(list(scores_by_text.values()), np.float64))
-        rows = int((head.held_out == number).sum())
-        known = None if head.calibration is None else head.calibration[number]
+        rows, known = 0, None
+        if head.calibration is not None:
+            rows, known = int(head.calibration[number, 0]), head.calibration[number, 1:]
         distance = p = None
         enough = min(len(scores), rows) >= LEAST_TEXTS
         if enough and known is not None and np.isfinite(known).all():
@@ -211,13 +219,13 @@ def _holm(p_values: Sequence[float]) -> list[float]:
 def _noted(line: str, where: str) -> Noted:
     try:
         found = json.loads(line)
-        task = f"{found['task']}@{found['task_revision']}" if found["task"] else _UNKNOWN
         score = found["score"]
         return Noted(
             str(found["tenant"]),
             int(found["revision"]),
             str(found["text"]),
-            task,
+            str(found["task"] or _UNKNOWN),
+            str(found["best"] or ""),
             None if score is None else float(score),
         )
     except (ValueError, KeyError, TypeError) as error:

@@ -64,14 +64,14 @@ def test_a_decision_is_noted_without_its_text(path: Path) -> None:
     first, again, red, unknown = lines
     assert first["text"] == again["text"]
     assert first["text"] != red["text"]
-    assert (first["task"], first["task_revision"], first["score"]) == ("weather", 1, 1.5)
+    assert (first["task"], first["best"], first["score"]) == ("weather", WEATHER, 1.5)
     assert (first["outcome"], first["revision"], first["tenant"]) == ("matched", 1, "")
     assert (unknown["outcome"], unknown["task"], unknown["score"]) == ("unknown", None, None)
     noted = list(read_log(path))
     assert [(each.tenant, each.task, each.score) for each in noted] == [
-        ("", WEATHER, 1.5),
-        ("", WEATHER, 1.5),
-        ("red", WEATHER, 1.5),
+        ("", "weather", 1.5),
+        ("", "weather", 1.5),
+        ("red", "weather", 1.5),
         ("", "", None),
     ]
 
@@ -138,9 +138,11 @@ async def test_a_server_notes_what_it_decides(home: Path, published: Published, 
     with open_routers(settings, models) as routers:
         decisions = await routers.own.route_batch(["sport 9", "nowhere 1"])
     assert [each.task for each in read_log(path)] == [
-        "" if each.task is None else str(each.task) for each in decisions
+        "" if each.task is None else each.task.name for each in decisions
     ]
-    assert [each.task for each in read_log(path)] == [SPORT, ""]
+    sport, unknown = read_log(path)
+    assert (sport.task, sport.best) == ("sport", SPORT)
+    assert (unknown.task, bool(unknown.best), unknown.score is None) == ("", True, False)
 
 
 # ---- drift
@@ -148,7 +150,8 @@ async def test_a_server_notes_what_it_decides(home: Path, published: Published, 
 
 def noted(task: str, scores: Sequence[float], tenant: str = "", revision: int = 3) -> list[Noted]:
     return [
-        Noted(tenant, revision, f"{task}-{n}", task, float(score)) for n, score in enumerate(scores)
+        Noted(tenant, revision, f"{task}-{n}", task, task, float(score))
+        for n, score in enumerate(scores)
     ]
 
 
@@ -156,7 +159,7 @@ def calibrated(published: Published, number: int, count: int, seed: int = 0) -> 
     """Scores as calibration saw them: between the stored quantiles."""
     assert published.head.calibration is not None
     levels = np.random.default_rng(seed).uniform(0.05, 0.95, count)
-    return np.interp(levels, CALIBRATION_LEVELS, published.head.calibration[number])
+    return np.interp(levels, CALIBRATION_LEVELS, published.head.calibration[number, 1:])
 
 
 def place_of(published: Published, task: str) -> int:
@@ -172,11 +175,13 @@ def test_a_head_keeps_quantiles_of_the_scores_that_it_was_calibrated_on(
 ) -> None:
     head = published.head
     assert head.calibration is not None
-    assert head.calibration.shape == (3, len(CALIBRATION_LEVELS))
-    assert np.isfinite(head.calibration).all()
-    assert (np.diff(head.calibration, axis=1) >= 0).all()
-    # What is accepted scores above its threshold.
-    assert (head.calibration[:, 0] >= np.array(head.thresholds)).all()
+    rows, quantiles = head.calibration[:, 0], head.calibration[:, 1:]
+    assert quantiles.shape == (3, len(CALIBRATION_LEVELS))
+    assert np.isfinite(quantiles).all()
+    assert (np.diff(quantiles, axis=1) >= 0).all()
+    # Every row has one best task; at most about 5 % of a task's own fall under its threshold.
+    assert rows.sum() == len(head.held_out) == 180
+    assert (quantiles[:, 3] >= np.array(head.thresholds)).all()
 
 
 def test_the_task_whose_scores_moved_is_named_and_no_other(
@@ -201,7 +206,7 @@ def test_the_task_whose_scores_moved_is_named_and_no_other(
 def test_a_text_that_comes_again_and_again_moves_nothing(home: Path, published: Published) -> None:
     number = place_of(published, WEATHER)
     scores = calibrated(published, number, 100)
-    many = [Noted("", 3, "the same", WEATHER, float(scores.min()))] * 500
+    many = [Noted("", 3, "the same", WEATHER, WEATHER, float(scores.min()))] * 500
     assert moved(measure_drift(noted(WEATHER, scores) + many, home)) == set()
 
 

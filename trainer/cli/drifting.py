@@ -43,15 +43,16 @@ def drift(
 
     promptyard drift decisions.jsonl --json
 
-    A task's scores (distinct texts, at least 30) are compared with those of the held-out rows that
-    calibration decided for it, by the Kolmogorov-Smirnov test at the stored quantiles; its share of
-    the decisions in the older half of the file with that in the newer half, by Fisher's exact test.
-    A task has moved where p < 0.01 after Holm's correction and the distance is 0.15 or more, or the
-    shares differ by half or more.
+    The scores of the texts that a task scores best for (distinct ones, at least 30, accepted or
+    not) are compared with those of the held-out rows at calibration, by the Kolmogorov-Smirnov
+    test at the stored quantiles; its share of the decisions in the older half of the file with
+    that in the newer half, by Fisher's exact test. A task has moved where p < 0.01 after Holm's
+    correction and the distance is 0.15 or more, or the shares differ by half or more.
 
-    That something moved does not say that decisions are wrong, nor the reverse: only labelled rows
-    tell (`promptyard evaluate routing`). Traffic often differs from training rows from its first
-    day on. Calibration knows no volumes, so that these are compared within the file alone.
+    That something moved does not say that decisions are wrong, nor the reverse: only labelled
+    rows tell (`promptyard evaluate routing`). Texts of no task at all move the tasks that they
+    are nearest to. Traffic often differs from training rows from its first day on. Calibration
+    knows no volumes, so that these are compared within the file alone.
     """
     with errors_for_people(as_json):
         from trainer.drift import measure_drift, read_log
