@@ -179,9 +179,12 @@ def test_a_head_keeps_quantiles_of_the_scores_that_it_was_calibrated_on(
     assert quantiles.shape == (3, len(CALIBRATION_LEVELS))
     assert np.isfinite(quantiles).all()
     assert (np.diff(quantiles, axis=1) >= 0).all()
-    # Every row has one best task; at most about 5 % of a task's own fall under its threshold.
+    # Every row has one best task; few of a task's own fall under its threshold, where it has rows
+    # enough for one of its own.
     assert rows.sum() == len(head.held_out) == 180
-    assert (quantiles[:, 3] >= np.array(head.thresholds)).all()
+    large = rows >= 50
+    assert large.sum() == 2
+    assert (quantiles[large, 3] >= np.array(head.thresholds)[large]).all()
 
 
 def test_the_task_whose_scores_moved_is_named_and_no_other(
