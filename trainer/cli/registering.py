@@ -22,6 +22,7 @@ from trainer.cli.console import (
     errors_for_people,
     exit_code,
     home_folder,
+    out,
     print_error,
     print_json,
     print_table,
@@ -165,8 +166,9 @@ def register(
     promptyard register --manifest tasks.yaml
     promptyard register refunds --revise --data more.jsonl
 
-    Rows are {"input": ..., "output": ...}; an output may be a list of labels. Running servers pick
-    the new task up by themselves.
+    Rows are {"input": ..., "output": ...}; an output may be a list of labels, `context` retrieved
+    passages, `rejected` outputs to make less probable. Running servers pick the new task up by
+    themselves.
     """  # noqa: D301 - \b keeps click from joining the lines
     with errors_for_people(as_json):
         from trainer.commands import PolicyChange, RegisterTask
@@ -297,6 +299,8 @@ def print_registered(result: Registered) -> None:
             [_scores(record) for record in result.records],
             title=f"published catalog revision {result.published.revision}",
         )
+        for record in result.records:
+            _print_probabilities(record)
         print_effect(result.published)
     gate = _gate_of(result)
     if gate is not None:
@@ -309,6 +313,16 @@ def leave_if_failed(result: Registered) -> None:
     """Leave with the exit code of the worst failure, if there is one."""
     if result.failures:
         raise typer.Exit(max(exit_code(error) for error in result.failures.values()))
+
+
+def _print_probabilities(record: TaskRecord) -> None:
+    found = record.prompt.probabilities if record.prompt else {}
+    if found:
+        changes = (
+            f"{kind} {found[f'{kind}_before']:.2g} before, {found[f'{kind}_after']:.2g} after"
+            for kind in ("rejected", "desired")
+        )
+        out.print(f"{record.name}, mean probability of held-out outputs: {'; '.join(changes)}")
 
 
 def _scores(record: TaskRecord) -> list[object]:
