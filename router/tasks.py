@@ -57,6 +57,9 @@ class PromptSummary:
     `scores` are by `metric` (`trainer.answer_metrics`) on the validation rows: `prompt`,
     `majority`, `no_prompt`, `instruction`. Of a prefix, `hidden_size` is the width of one layer's
     keys, and `layers` counts the layers. `versions` are those of the software that tuned it.
+    `probabilities` are the mean ones of desired and rejected outputs on the validation rows that
+    have rejected ones: `desired_before` tuning, under the prompt that it started from,
+    `desired_after`, `rejected_before`, `rejected_after`.
     """
 
     sha256: str
@@ -73,6 +76,7 @@ class PromptSummary:
     layers: int = 0
     curve: TrainingCurve | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    probabilities: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def width(self) -> int:
@@ -86,6 +90,7 @@ _LATER_FIELDS: Mapping[str, object] = {
     "layers": 0,
     "curve": None,
     "versions": {},
+    "probabilities": {},
 }
 
 

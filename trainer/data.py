@@ -16,11 +16,12 @@ from typing import cast
 from router.errors import InvalidInputError
 from router.limits import Limits
 from router.tasks import DataSummary
-from trainer.answer_metrics import LABEL_SEPARATOR, join_labels
+from trainer.answer_metrics import LABEL_SEPARATOR, join_labels, same_text
 
 MAX_FILE_BYTES = 2 << 30
 MAX_INPUT_BYTES = 32 << 10
 MAX_OUTPUT_BYTES = 8 << 10
+MAX_REJECTED = 8
 MAX_PASSAGES = Limits().max_context_passages
 _SHOWN_ROWS = 5
 
@@ -32,15 +33,17 @@ class Fields:
     input: str = "input"
     output: str = "output"
     context: str = "context"
+    rejected: str = "rejected"
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Example:
-    """One labelled input of a task, and the passages that came with it, the best first."""
+    """One labelled input, the passages that came with it, the best first, and undesired outputs."""
 
     input: str
     output: str
     context: tuple[str, ...] = ()
+    rejected: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,7 @@ def read_labelled(
             read_cell(path, number, row, fields.input, MAX_INPUT_BYTES),
             read_output(path, number, row, fields.output) if with_output else "",
             read_context(path, number, row, fields) if with_output else (),
+            read_rejected(path, number, row, fields) if with_output else (),
         )
         if with_output:
             lists.setdefault(isinstance(row.get(fields.output), list), number)
@@ -233,6 +237,31 @@ def read_context(
     return read
 
 
+def read_rejected(
+    path: Path, number: int, row: Mapping[str, object], fields: Fields
+) -> tuple[str, ...]:
+    """The undesired outputs of row `number`: one text, a list of them, or none.
+
+    Raises:
+        InvalidInputError: see `read_cell`; too many of them, or one that is the output.
+    """
+    value = row.get(fields.rejected)
+    if value is None or value in ("", []):
+        return ()
+    where = f"{path}: row {number}, field {fields.rejected!r}"
+    texts = value if isinstance(value, list) else [value]
+    if len(texts) > MAX_REJECTED:
+        raise InvalidInputError(where, f"{len(texts)} outputs", f"give at most {MAX_REJECTED}")
+    read = tuple(
+        read_cell(path, number, {fields.rejected: text}, fields.rejected, MAX_OUTPUT_BYTES)
+        for text in texts
+    )
+    for text in read:
+        if same_text(text, str(row[fields.output])):
+            raise InvalidInputError(where, text, "it is the row's output: remove one of the two")
+    return read
+
+
 def split(
     examples: Sequence[Example], validation_share: float = 0.2
 ) -> tuple[list[Example], list[Example]]:
@@ -276,7 +305,8 @@ def _canonical_order(example: Example) -> bytes:
 def _digested(example: Example) -> str:
     """What the digest of a file says of a row."""
     context = "".join(f"\x01{passage}" for passage in example.context)
-    return f"{example.input}\x00{example.output}{context}\x00"
+    rejected = "".join(f"\x02{text}" for text in example.rejected)
+    return f"{example.input}\x00{example.output}{context}{rejected}\x00"
 
 
 def _open_text(path: Path) -> io.TextIOBase:
@@ -287,7 +317,7 @@ def _open_text(path: Path) -> io.TextIOBase:
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
     # A byte of text can take six characters of JSON, as in \u0007.
-    limit = 8 * (MAX_INPUT_BYTES + MAX_OUTPUT_BYTES)
+    limit = 8 * (MAX_INPUT_BYTES + (1 + MAX_REJECTED) * MAX_OUTPUT_BYTES)
     with _open_text(path) as lines:
         number = 0
         while line := lines.readline(limit):

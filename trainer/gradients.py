@@ -14,6 +14,8 @@ from router.backends.rows import Row, batches
 from router.backends.torch_model import TorchLanguageModel
 from router.errors import IncompatibleModelError
 
+# Keeps the logarithm finite where a rejected token is certain.
+_LEAST = 1e-6
 _MAX_POSITIONS = {"cpu": 2048, "cuda": 32_768}
 # Padding that costs less than the fixed work of one more forward and backward pass.
 _MAX_PADDING = {"cpu": 96, "cuda": 8192}
@@ -21,11 +23,16 @@ _MAX_PADDING = {"cpu": 96, "cuda": 8192}
 
 @dataclass(frozen=True, slots=True)
 class TrainingRow:
-    """One row of a step, and how much its loss counts. The first of `candidates` is right."""
+    """One row of a step, and how much its loss counts. The first of `candidates` is right.
+
+    `rejected` are outputs that are to become less probable, and how much that counts.
+    """
 
     row: Row
     candidates: Sequence[tuple[int, ...]]
     weight: float
+    rejected: Sequence[tuple[int, ...]] = ()
+    rejected_weight: float = 1.0
 
 
 class MicroBatches:
@@ -92,9 +99,37 @@ def row_losses(model: TorchLanguageModel, rows: Sequence[TrainingRow]) -> Tensor
 
     The second term is cross-entropy over the labels' scores, which is what answers are chosen by;
     without it a prompt learns how often labels occur sooner than how to tell them apart. It is
-    zero where the outputs are free text.
+    zero where the outputs are free text. Where a row has rejected outputs, their unlikelihood is
+    added: the mean of them of the sum of -log(1 - p(c)) over their tokens c (Welleck et al. 2020,
+    section 4), from the first one that the right output does not have there.
     """
-    scores = model.log_likelihoods([row.row for row in rows], [row.candidates for row in rows])
+    if not any(row.rejected for row in rows):
+        return _wanted(
+            model.log_likelihoods([row.row for row in rows], [row.candidates for row in rows])
+        )
+    outputs = [[*row.candidates, *row.rejected] for row in rows]
+    tokens = model.output_token_losses([row.row for row in rows], outputs)
+    of_rows = list(zip(rows, torch.split(tokens, [len(each) for each in outputs]), strict=True))
+    wanted = _wanted([-losses[: len(row.candidates)].sum(1) for row, losses in of_rows])
+    return wanted + torch.stack([_unlikelihood(row, losses) for row, losses in of_rows])
+
+
+def _wanted(scores: Sequence[Tensor]) -> Tensor:
+    """The loss `[B]` of right outputs, from the scores `[C_i]` of each row's candidates."""
     # In one tensor: operations on each row alone would cost a GPU more than the model does.
-    table = pad_sequence(scores, batch_first=True, padding_value=-math.inf)
+    table = pad_sequence(list(scores), batch_first=True, padding_value=-math.inf)
     return -(table[:, 0] + table.log_softmax(1)[:, 0])
+
+
+def _unlikelihood(row: TrainingRow, losses: Tensor) -> Tensor:
+    """The weighted unlikelihood of a row's rejected outputs, the last of `losses` `[C, T]`."""
+    terms = [losses.new_zeros(())]
+    for ids, of_output in zip(row.rejected, losses[len(row.candidates) :], strict=True):
+        shared = 0
+        while shared < len(ids) - 1 and ids[: shared + 1] == row.candidates[0][: shared + 1]:
+            shared += 1
+        # What comes before the end token is undesired, not the end; unless nothing else differs.
+        end = max(len(ids) - 1, shared + 1)
+        probabilities = torch.exp(-of_output[shared:end])
+        terms.append(-torch.log(1 - probabilities + _LEAST).sum())
+    return row.rejected_weight * torch.stack(terms).sum() / max(1, len(row.rejected))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -100,6 +100,21 @@ def majority_score(
     """The score of always answering the most frequent output of `train` (the first, if several)."""
     most_frequent = Counter(sorted(output for _, output in train)).most_common(1)[0][0]
     return score(metric, [most_frequent] * len(rows), [output for _, output in rows])
+
+
+def output_probabilities(
+    model: TorchLanguageModel, trial: Trial, rejected: Sequence[Sequence[str]]
+) -> tuple[float, float]:
+    """The mean probabilities of the right and of the rejected outputs, over rows that have these.
+
+    A row's is that of its whole output; of several rejected ones, their sum.
+    """
+    chosen = [(row, texts) for row, texts in zip(trial.rows, rejected, strict=True) if texts]
+    some = replace(trial, rows=[row for row, _ in chosen])
+    scores = model.score(_inputs(some), [(row[1], *texts) for row, texts in chosen])
+    found = [np.exp(row.log_probabilities.astype(np.float64)) for row in scores]
+    desired, undesired = [row[0] for row in found], [row[1:].sum() for row in found]
+    return float(np.mean(desired)), float(np.mean(undesired))
 
 
 def _rows(model: TorchLanguageModel, trial: Trial) -> list[Row]:

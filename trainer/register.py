@@ -219,7 +219,13 @@ def tuning_job(
         validation=_rows(task, task.validation),
         starts=_starts(workshop, task, base_model, settings),
         metric=task.metric,
+        rejected=_rejected(task.train),
+        validation_rejected=_rejected(task.validation),
     )
+
+
+def _rejected(examples: Sequence[Example]) -> tuple[tuple[str, ...], ...]:
+    return tuple(example.rejected for example in examples)
 
 
 def _rows(task: Prepared, examples: Sequence[Example]) -> tuple[LabelledRow, ...]:
@@ -270,6 +276,7 @@ def _store(
             method=tuned.method,
             layers=tuned.layers,
             curve=training_curve(tuned),
+            probabilities=dict(tuned.probabilities),
             versions={name: version(name) for name in _VERSIONED},
         )
     return TaskRecord(

@@ -18,7 +18,7 @@ from router.errors import InvalidInputError
 from trainer.gradients import TrainingRow
 from trainer.initialisation import choose_start
 from trainer.prompt_parameters import PromptParameters
-from trainer.prompt_quality import Quality, Trial, baseline_scores
+from trainer.prompt_quality import Quality, Trial, baseline_scores, output_probabilities
 from trainer.schedule import passes
 from trainer.tuned_prompt import TunedPrompt, TuningFailure, Validation
 from trainer.tuning_settings import TuningJob, TuningSettings
@@ -56,7 +56,11 @@ class TaskTuning:
         self._layers = model.prefix_shape.layers if settings.method == "prefix" else 0
         self._output_ids = {
             text: model.tokenize_output(text)
-            for text in (*(job.labels or ()), *(output for _, output in job.train))
+            for text in (
+                *(job.labels or ()),
+                *(output for _, output in job.train),
+                *(text for texts in job.rejected for text in texts),
+            )
         }
         longest = max(len(ids) for ids in self._output_ids.values())
         tokens = model.tokenize_inputs(
@@ -77,6 +81,7 @@ class TaskTuning:
             settings.method,
             job.starts,
         )
+        self._start = start.detach().clone()
         self.parameters = PromptParameters(
             start, settings.reparametrisation, settings.bottleneck, settings.seed
         )
@@ -115,7 +120,11 @@ class TaskTuning:
         if settings.refit == "never" or not repeats or self._failed or self._best is None:
             return None
         best = max(self._validations, key=lambda v: Quality(v.score, -v.loss))
-        everything = replace(job, train=(*job.train, *job.validation))
+        everything = replace(
+            job,
+            train=(*job.train, *job.validation),
+            rejected=(*job.rejected, *job.validation_rejected),
+        )
         return TaskTuning(model, everything, settings, self.baselines, best.step)
 
     def trial(self) -> Trial:
@@ -130,9 +139,15 @@ class TaskTuning:
                 Row(self.prompt, self._inputs[i], self._method),
                 self._candidates(i),
                 weight=1 / self._settings.rows_per_step,
+                rejected=self._rejected(i),
+                rejected_weight=self._settings.rejected_weight,
             )
             for i in next(self._schedule)
         ]
+
+    def _rejected(self, i: int) -> list[tuple[int, ...]]:
+        texts = self.job.rejected[i] if self.job.rejected else ()
+        return [self._output_ids[text] for text in texts]
 
     def _candidates(self, i: int) -> list[tuple[int, ...]]:
         right = self.job.train[i][1]
@@ -187,6 +202,17 @@ class TaskTuning:
                 weights.copy_(tensors[str(number)])
         self.parameters.follow()
 
+    def probabilities(self, model: TorchLanguageModel) -> dict[str, float]:
+        """Those of desired and rejected outputs of the validation rows, before and after tuning."""
+        if self._best is None or not any(self.job.validation_rejected):
+            return {}
+        found: dict[str, float] = {}
+        for when, prompt in (("before", self._start), ("after", self._best[1])):
+            trial = Trial(prompt, None, self.job.validation, self._method)
+            desired, rejected = output_probabilities(model, trial, self.job.validation_rejected)
+            found |= {f"desired_{when}": desired, f"rejected_{when}": rejected}
+        return found
+
     @property
     def quality(self) -> Quality:
         """Of the best prompt so far; nothing is worse than that of a task that failed."""
@@ -195,7 +221,10 @@ class TaskTuning:
         return self._best[0]
 
     def result(
-        self, seconds: float, refitted: TaskTuning | None = None
+        self,
+        seconds: float,
+        refitted: TaskTuning | None = None,
+        probabilities: Mapping[str, float] | None = None,
     ) -> TunedPrompt | TuningFailure:
         """What became of the task; the prompt is that of `refitted`, where there is one."""
         if self._failed or self._best is None:
@@ -219,4 +248,5 @@ class TaskTuning:
             layers=self._layers,
             settings={**asdict(self._settings), "started_from": self._started_from},
             validations=tuple(self._validations),
+            probabilities=probabilities or {},
         )

@@ -30,7 +30,7 @@ class TunedPrompt:
     `no_prompt`, `instruction` (its plain text as the prompt). `losses` are the training losses of
     each step, `steps` how many there were, `seconds` the task's share of the whole time; `layers`
     counts those of a prefix; `settings` are what it was tuned with, `validations` all that were
-    made.
+    made. `probabilities` are those of desired and rejected outputs (see `PromptSummary`).
     """
 
     name: str
@@ -44,6 +44,7 @@ class TunedPrompt:
     layers: int = 0
     settings: Mapping[str, float | int | str] = field(default_factory=dict)
     validations: tuple[Validation, ...] = ()
+    probabilities: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

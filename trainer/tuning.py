@@ -84,7 +84,7 @@ def tune(
         _descend(model, list(refitted.values()), settings, progress, stage="refit")
     share = (time.perf_counter() - began) / max(1, len(tasks))
     for name, task in best.items():
-        results[name] = task.result(share, refitted.get(name))
+        results[name] = task.result(share, refitted.get(name), task.probabilities(model))
     return {job.name: results[job.name] for job in jobs}
 
 

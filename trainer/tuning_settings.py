@@ -52,7 +52,8 @@ class TuningSettings:
     that `bottleneck`, and keeps the sum. A task's gradient is cut to the length `clip_norm` (0: it
     is not), and added up in micro-batches of at most `micro_batch_positions` (0: what suits the
     device). It is computed in `precision`: `auto` is bfloat16 where the processor multiplies that
-    itself, as GPUs do, and prompts are always kept in float32.
+    itself, as GPUs do, and prompts are always kept in float32. `rejected_weight` is how much the
+    unlikelihood of rejected outputs counts beside the loss of the right ones.
     """
 
     length: int = 20
@@ -73,6 +74,7 @@ class TuningSettings:
     clip_norm: float = 0.0
     micro_batch_positions: int = 0
     precision: GradientPrecision = "auto"
+    rejected_weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,8 @@ class TuningJob:
 
     `labels` is the closed set of outputs, or None where the outputs are free text. `starts` are
     prompts that `nearest` and `best` may start from. `metric` is what the validation rows are
-    scored by; prompts of equal score are told apart by the loss.
+    scored by; prompts of equal score are told apart by the loss. `rejected` are the undesired
+    outputs of each training row, `validation_rejected` of each validation row; empty for none.
     """
 
     name: str
@@ -91,6 +94,8 @@ class TuningJob:
     validation: Sequence[LabelledRow]
     starts: tuple[Start, ...] = ()
     metric: Metric = "accuracy"
+    rejected: Sequence[tuple[str, ...]] = ()
+    validation_rejected: Sequence[tuple[str, ...]] = ()
 
     @property
     def identity(self) -> list[object]:
@@ -99,6 +104,7 @@ class TuningJob:
         return [
             *(self.name, self.instruction, self.labels, starts, self.metric),
             *(list(map(list, self.train)), list(map(list, self.validation))),
+            *(list(map(list, rows)) for rows in (self.rejected, self.validation_rejected)),
         ]
 
 
@@ -120,7 +126,7 @@ def check_tuning(jobs: Sequence[TuningJob], settings: TuningSettings) -> None:
             raise InvalidInputError(
                 field, getattr(settings, field), f"choose one of {', '.join(get_args(choices))}"
             )
-    for field in ("warmup_steps", "clip_norm", "micro_batch_positions"):
+    for field in ("warmup_steps", "clip_norm", "micro_batch_positions", "rejected_weight"):
         if not 0 <= getattr(settings, field) < math.inf:
             raise InvalidInputError(field, getattr(settings, field), "give 0 or more")
     repeated = [name for name, count in Counter(job.name for job in jobs).items() if count > 1]

@@ -126,15 +126,26 @@ class TorchLanguageModel(PromptedNetwork):
         Each input is read once and its cache repeated for its candidates. Differentiable in the
         prompts. One batch; memory is the caller's care.
         """
+        losses = self.output_token_losses(rows, candidates)
+        totals = -losses[:, 0] - losses[:, 1:].sum(1)
+        return list(torch.split(totals, [len(row) for row in candidates]))
+
+    def output_token_losses(
+        self, rows: Sequence[Row], candidates: Sequence[Sequence[Sequence[int]]]
+    ) -> Tensor:
+        """-log p of each token of each candidate output, `[sum of C_i, T]`; 0 after its end.
+
+        Otherwise as `log_likelihoods`.
+        """
         row_of = [i for i, row in enumerate(candidates) for _ in row]
         outputs = [ids for row in candidates for ids in row]
         if not outputs:
-            return [torch.zeros(0, device=self.device) for _ in rows]
+            return torch.zeros(0, 1, device=self.device)
         started = self._start(rows)
         targets = padded(outputs, IGNORED, self.device)
         repeats = torch.tensor(row_of, device=self.device)
         first = started.next_logits.float().log_softmax(-1)
-        totals = first[repeats, targets[:, 0]]
+        losses = [-first[repeats, targets[:, 0]][:, None]]
         following = targets.shape[1] - 1
         if following:
             # The end token is never fed: nothing is predicted after it.
@@ -143,9 +154,9 @@ class TorchLanguageModel(PromptedNetwork):
             parts = []
             for chunk in torch.split(torch.arange(len(outputs), device=self.device), size):
                 logits = self._continue(started.select(repeats[chunk]), fed[chunk])
-                parts.append(token_losses(logits, targets[chunk, 1:]).sum(1))
-            totals = totals - torch.cat(parts)
-        return list(torch.split(totals, [len(row) for row in candidates]))
+                parts.append(token_losses(logits, targets[chunk, 1:]))
+            losses.append(torch.cat(parts))
+        return torch.cat(losses, dim=1)
 
     # ---- generation
 

@@ -10,6 +10,7 @@ import typer
 from trainer.cli.console import (
     error_fields,
     exit_code,
+    out,
     print_error,
     print_table,
 )
@@ -54,6 +55,8 @@ def print_registered(result: Registered) -> None:
             [_scores(record) for record in result.records],
             title=f"published catalog revision {result.published.revision}",
         )
+        for record in result.records:
+            _print_probabilities(record)
         print_effect(result.published)
     gate = _gate_of(result)
     if gate is not None:
@@ -66,6 +69,16 @@ def leave_if_failed(result: Registered) -> None:
     """Leave with the exit code of the worst failure, if there is one."""
     if result.failures:
         raise typer.Exit(max(exit_code(error) for error in result.failures.values()))
+
+
+def _print_probabilities(record: TaskRecord) -> None:
+    found = record.prompt.probabilities if record.prompt else {}
+    if found:
+        changes = (
+            f"{kind} {found[f'{kind}_before']:.2g} before, {found[f'{kind}_after']:.2g} after"
+            for kind in ("rejected", "desired")
+        )
+        out.print(f"{record.name}, mean probability of held-out outputs: {'; '.join(changes)}")
 
 
 def _scores(record: TaskRecord) -> list[object]:

@@ -169,8 +169,9 @@ def register(
     promptyard register --manifest tasks.yaml
     promptyard register refunds --revise --data more.jsonl
 
-    Rows are {"input": ..., "output": ...}; an output may be a list of labels. Running servers pick
-    the new task up by themselves.
+    Rows are {"input": ..., "output": ...}; an output may be a list of labels, `context` retrieved
+    passages, `rejected` outputs to make less probable. Running servers pick the new task up by
+    themselves.
     """  # noqa: D301 - \b keeps click from joining the lines
     with errors_for_people(as_json):
         from trainer.commands import PolicyChange, RegisterTask
