@@ -28,7 +28,7 @@ DEFAULT_GATE_LIMIT = 0.05
 _LEAST_TAKEN_ROWS = 2
 # Five rows of eighty are over 5 %, too, and come from a true 5 % every third time: what is refused
 # would come from the limit at most this often.
-_MOST_CHANCE = 0.1
+_MOST_CHANCE = 0.15
 _NEAR_DUPLICATE = 0.2
 
 

@@ -115,7 +115,7 @@ def together(*pairs: tuple[str, str, int], new: str = "abcd", rows: int = 10) ->
     )
 
 
-@pytest.mark.parametrize(("taken", "refused"), [(5, False), (7, False), (8, True)])
+@pytest.mark.parametrize(("taken", "refused"), [(5, False), (6, False), (7, True)])
 def test_what_chance_explains_is_not_refused(taken: int, refused: bool) -> None:
     old, new = TaskKey("old", 1), TaskKey("new", 1)
     report = GateReport((Taken(old, new, taken, 80),), (), (), 1.0, 1.0, (new,))
