@@ -33,10 +33,14 @@ LABELS = ("positive", "urgent", "news sport")
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TorchLanguageModel]:
     root = tmp_path_factory.mktemp("models")
-    return {
+    models = {
         kind: load_language_model(save_small_model(kind, root / kind), device="cpu", threads=1)
         for kind in KINDS
     }
+    # Padding changes the order of sums, which a random T5 makes much of in float32.
+    for model in models.values():
+        model.network.double()
+    return models
 
 
 @pytest.fixture(params=KINDS)
@@ -83,9 +87,8 @@ def test_a_batch_of_prompts_and_prefixes_answers_like_its_rows_alone(
     together = model.score(rows, [LABELS] * len(rows))
     for row, scores in zip(rows, together, strict=True):
         [alone] = model.score([row], [LABELS])
-        # Padding changes the order of float32 sums; random weights make log-probabilities of -100.
         np.testing.assert_allclose(
-            scores.log_probabilities, alone.log_probabilities, rtol=1e-4, atol=1e-3
+            scores.log_probabilities, alone.log_probabilities, rtol=1e-5, atol=2e-4
         )
         assert scores.input_tokens == alone.input_tokens
     assert model.generate(rows, 6) == [model.generate([row], 6)[0] for row in rows]
@@ -101,9 +104,7 @@ def test_a_prefix_of_a_texts_keys_and_values_acts_as_the_text_before_it(
         as_prompt = PromptedInput("a good film", prompt.numpy())
         as_prefix = PromptedInput("a good film", model.keys_and_values(prompt).numpy(), "prefix")
         one, two = model.score([as_prompt, as_prefix], [LABELS] * 2)
-        np.testing.assert_allclose(
-            one.log_probabilities, two.log_probabilities, rtol=1e-4, atol=1e-3
-        )
+        np.testing.assert_allclose(one.log_probabilities, two.log_probabilities, atol=1e-4)
         first, second = model.generate([as_prompt, as_prefix], 8)
         assert first == second
 
