@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from scipy.optimize import minimize
+from scipy.special import expit
 
 from router.cross_fitting import HeldOutScores
 from router.probability import MatchProbability
@@ -12,6 +13,8 @@ from router.threads import one_blas_thread
 
 # Of a slope in standard units, before there is any row: the variance of its normal prior.
 _PRIOR_VARIANCE = 1.0
+# In standard units: beyond it a row says no more, and the optimiser would leave the numbers there.
+_FAR = 30.0
 # The last digits are the optimiser's, and say nothing.
 _DIGITS = 6
 
@@ -33,6 +36,7 @@ def fit_probability(scores: HeldOutScores) -> MatchProbability | None:
     margin_unit = max(float(np.median(margin)), 1e-6)
     middle, score_unit = float(best.mean()), max(float(best.std()), 1e-6)
     features = np.stack([margin / margin_unit, (best - middle) / score_unit], axis=1)
+    features = features.clip(-_FAR, _FAR)
     hits = int(right.sum())
     misses = len(right) - hits
     targets = np.where(right, (hits + 1) / (hits + 2), 1 / (misses + 2))
@@ -48,7 +52,7 @@ def _logistic(features: ExactArray, targets: ExactArray) -> tuple[float, float, 
 
     def loss(weights: ExactArray) -> tuple[float, ExactArray]:
         logits = weights[0] + features @ weights[1:]
-        errors = 1 / (1 + np.exp(-logits)) - targets
+        errors = expit(logits) - targets
         penalty = weights[1:] / _PRIOR_VARIANCE
         value = (np.logaddexp(0, logits) - targets * logits).sum() + weights[1:] @ penalty / 2
         return float(value), np.concatenate([[errors.sum()], features.T @ errors + penalty])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers.normalizers import BertNormalizer
 from transformers import (
     BartConfig,
@@ -108,16 +108,20 @@ def _network(kind: str, vocabulary: int, window: int) -> PreTrainedModel:
 
 
 def _byte_pairs(kind: str) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=_SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+    # Written out, not trained: training breaks ties in another way in every process.
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    splitter = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    merges: dict[tuple[str, str], None] = {}
+    for text in _TEXTS:
+        for piece, _ in splitter.pre_tokenize_str(text):
+            merges |= {(piece[:end], piece[end]): None for end in range(1, len(piece))}
+    pieces = dict.fromkeys([*_SPECIAL, *alphabet, *("".join(pair) for pair in merges)])
+    tokenizer = Tokenizer(
+        models.BPE(vocab={piece: n for n, piece in enumerate(pieces)}, merges=list(merges))
     )
-    tokenizer.train_from_iterator(_TEXTS, trainer)
+    tokenizer.add_special_tokens(_SPECIAL)
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.decoder = decoders.ByteLevel()
     layout = {"t5": "$A </s>", "llama": "<s> $A"}.get(kind)
     if layout is not None:
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -130,14 +134,21 @@ def _byte_pairs(kind: str) -> PreTrainedTokenizerFast:
 
 
 def _word_pieces() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
-    tokenizer.normalizer = BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=200, special_tokens=_SPECIAL, show_progress=False
+    normalizer, splitter = BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    words = [
+        word
+        for text in _TEXTS
+        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))
+    ]
+    letters = sorted({letter for word in words for letter in word})
+    pieces = dict.fromkeys([*_SPECIAL, *letters, *(f"##{letter}" for letter in letters), *words])
+    tokenizer = Tokenizer(
+        models.WordPiece(vocab={piece: n for n, piece in enumerate(pieces)}, unk_token="<unk>")
     )
-    tokenizer.train_from_iterator(_TEXTS, trainer)
+    tokenizer.add_special_tokens(_SPECIAL)
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.decoder = decoders.WordPiece()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
     )

@@ -108,7 +108,7 @@ def test_tuning_makes_probable_rejected_outputs_less_probable_and_desired_ones_m
     model = load_language_model(folder, device="cpu", threads=1)
     bad_rows = tuple((text, "bad") for text, _ in ROWS)
     habit = replace(JOB, train=bad_rows, validation=bad_rows[10:], rejected=())
-    bad = tune(model, [replace(habit, validation_rejected=())], replace(SETTINGS, steps=60))
+    bad = tune(model, [replace(habit, validation_rejected=())], replace(SETTINGS, steps=120))
     learnt = bad["reply"]
     assert isinstance(learnt, TunedPrompt)
     job = replace(JOB, starts=(Start("habit", learnt.values),))
