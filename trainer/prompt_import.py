@@ -11,7 +11,7 @@ from router.backends.torch_model import TorchLanguageModel
 from router.errors import IncompatibleModelError
 from router.interfaces import LanguageModel
 from trainer.peft_exchange import read_peft
-from trainer.prompt_quality import Trial, baseline_scores, measure
+from trainer.prompt_quality import Trial, measure, measure_baselines
 from trainer.tuned_prompt import TunedPrompt
 from trainer.tuning_settings import TuningJob
 
@@ -33,16 +33,15 @@ def import_prompt(model: LanguageModel, job: TuningJob, folder: Path) -> TunedPr
     [quality] = measure(
         model, [Trial(prompt, job.labels, job.validation, found.method, job.metric)]
     )
+    baselines = measure_baselines(
+        model, job.instruction, job.labels, job.train, job.validation, job.metric
+    )
     return TunedPrompt(
         name=job.name,
         values=found.values,
-        scores={
-            "prompt": quality.score,
-            **baseline_scores(
-                model, job.instruction, job.labels, job.train, job.validation, job.metric
-            ),
-        },
+        scores={"prompt": quality.score, **baselines.scores},
         validation_loss=-quality.minus_loss,
+        instruction_loss=baselines.instruction_loss,
         losses=(),
         steps=0,
         seconds=time.perf_counter() - began,

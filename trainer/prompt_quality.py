@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -70,28 +70,37 @@ def measure(model: TorchLanguageModel, trials: Sequence[Trial]) -> list[Quality]
     return qualities
 
 
-def baseline_scores(
+@dataclass(frozen=True, slots=True)
+class Baselines:
+    """What a prompt must beat: scores on the validation rows, and the loss of the instruction.
+
+    `scores`: `majority` (always the most frequent output of the training rows), `no_prompt`, and
+    `instruction`, its plain text as the prompt.
+    """
+
+    scores: Mapping[str, float]
+    instruction_loss: float
+
+
+def measure_baselines(
     model: TorchLanguageModel,
     instruction: str,
     labels: tuple[str, ...] | None,
     train: Sequence[LabelledRow],
     validation: Sequence[LabelledRow],
     metric: Metric = "accuracy",
-) -> dict[str, float]:
-    """Scores on `validation` without a soft prompt.
-
-    `majority` (always the most frequent output of `train`), `no_prompt`, and `instruction`, its
-    plain text as the prompt.
-    """
+) -> Baselines:
+    """The baselines on `validation`, none of which has a soft prompt."""
     text = model.text_embeddings(instruction) if instruction.strip() else None
     without, with_instruction = measure(
         model, [Trial(prompt, labels, validation, metric=metric) for prompt in (None, text)]
     )
-    return {
+    scores = {
         "majority": majority_score(train, validation, metric),
         "no_prompt": without.score,
         "instruction": with_instruction.score,
     }
+    return Baselines(scores, -with_instruction.minus_loss)
 
 
 def majority_score(

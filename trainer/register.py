@@ -32,7 +32,7 @@ from trainer.initialisation import Start
 from trainer.nearest_prompts import nearest_prompts
 from trainer.preparing import Prepared, prepare
 from trainer.prompt_import import import_prompt
-from trainer.prompt_quality import LabelledRow
+from trainer.prompt_quality import LabelledRow, Quality
 from trainer.tuned_prompt import TunedPrompt, TuningFailure, training_curve
 from trainer.tuning import tune
 from trainer.tuning_settings import TuningJob, TuningSettings
@@ -140,16 +140,22 @@ def _suspects(
 def check_prompt(request: RegisterTask, tuned: TunedPrompt, metric: Metric = "accuracy") -> None:
     """Refuse a prompt that is no better than the majority class or the plain instruction.
 
+    Where few validation rows make it score the same as the instruction, the loss decides, as it
+    does between prompts.
+
     Raises:
         RefusedError: it is not, and `force` gives no reason to publish it all the same.
     """
     scores = tuned.scores
-    floor = max(scores["majority"], scores["instruction"])
-    if scores["prompt"] <= floor and not request.force:
+    quality = Quality(scores["prompt"], -tuned.validation_loss)
+    instruction = Quality(scores["instruction"], -tuned.instruction_loss)
+    better = scores["prompt"] > scores["majority"] and quality.clearly_exceeds(instruction)
+    if not better and not request.force:
         raise RefusedError(
             f"prompt of {request.name}",
             f"{metric} {scores['prompt']:.1%}; majority class {scores['majority']:.1%}, "
-            f"plain instruction {scores['instruction']:.1%}",
+            f"plain instruction {scores['instruction']:.1%}, losses {tuned.validation_loss:.3f} "
+            f"and {tuned.instruction_loss:.3f}",
             "give more or cleaner rows or more --steps; --force REASON publishes it all the same",
         )
 

@@ -18,7 +18,13 @@ from router.errors import InvalidInputError
 from trainer.gradients import TrainingRow
 from trainer.initialisation import choose_start
 from trainer.prompt_parameters import PromptParameters
-from trainer.prompt_quality import Quality, Trial, baseline_scores, output_probabilities
+from trainer.prompt_quality import (
+    Baselines,
+    Quality,
+    Trial,
+    measure_baselines,
+    output_probabilities,
+)
 from trainer.schedule import passes
 from trainer.tuned_prompt import TunedPrompt, TuningFailure, Validation
 from trainer.tuning_settings import TuningJob, TuningSettings
@@ -38,7 +44,7 @@ class TaskTuning:
         model: TorchLanguageModel,
         job: TuningJob,
         settings: TuningSettings,
-        baselines: Mapping[str, float] | None = None,
+        baselines: Baselines | None = None,
         refit_steps: int | None = None,
     ) -> None:
         for field, rows in (("train", job.train), ("validation", job.validation)):
@@ -85,7 +91,7 @@ class TaskTuning:
         self.parameters = PromptParameters(
             start, settings.reparametrisation, settings.bottleneck, settings.seed
         )
-        self.baselines = baselines or baseline_scores(
+        self.baselines = baselines or measure_baselines(
             model, job.instruction, job.labels, job.train, job.validation, job.metric
         )
         self._best: tuple[Quality, Tensor] | None = None
@@ -239,8 +245,9 @@ class TaskTuning:
         return TunedPrompt(
             name=self.job.name,
             values=prompt.cpu().numpy().astype(np.float32),
-            scores={"prompt": quality.score, **self.baselines},
+            scores={"prompt": quality.score, **self.baselines.scores},
             validation_loss=-quality.minus_loss,
+            instruction_loss=self.baselines.instruction_loss,
             losses=tuple(self._losses),
             steps=len(self._losses),
             seconds=seconds,

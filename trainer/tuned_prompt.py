@@ -31,12 +31,14 @@ class TunedPrompt:
     each step, `steps` how many there were, `seconds` the task's share of the whole time; `layers`
     counts those of a prefix; `settings` are what it was tuned with, `validations` all that were
     made. `probabilities` are those of desired and rejected outputs (see `PromptSummary`).
+    `validation_loss` is the prompt's, `instruction_loss` that of the instruction.
     """
 
     name: str
     values: FloatArray
     scores: Mapping[str, float]
     validation_loss: float
+    instruction_loss: float
     losses: tuple[float, ...]
     steps: int
     seconds: float

@@ -104,7 +104,7 @@ def test_a_record_keeps_the_training_curve_and_the_versions(made: PromptedHome) 
 def test_a_long_training_curve_is_kept_short() -> None:
     losses = tuple(float(step) for step in range(1001))
     tuned = TunedPrompt(
-        "x", np.zeros((1, 1), np.float32), {}, 0.1, losses, 1001, 1.0,
+        "x", np.zeros((1, 1), np.float32), {}, 0.1, 0.2, losses, 1001, 1.0,
         validations=(Validation(0, 0.5, 1.0), Validation(1001, 0.75, 0.123456)),
     )  # fmt: skip
     curve = training_curve(tuned)

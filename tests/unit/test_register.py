@@ -397,12 +397,13 @@ def tuner(monkeypatch: pytest.MonkeyPatch) -> Tuner:
     return tuner
 
 
-def tuned(name: str, **scores: float) -> TunedPrompt:
+def tuned(name: str, *, instruction_loss: float = 0.7, **scores: float) -> TunedPrompt:
     return TunedPrompt(
         name=name,
         values=prompt_values(name),
         scores={"prompt": 0.9, "majority": 0.5, "instruction": 0.6, "no_prompt": 0.3, **scores},
-        validation_loss=0.1,
+        validation_loss=0.5,
+        instruction_loss=instruction_loss,
         losses=(1.0, 0.5),
         steps=2,
         seconds=1.23456,
@@ -455,10 +456,13 @@ def test_free_text_has_no_closed_outputs_and_another_metric(
     ("scores", "passes"),
     [
         ({"prompt": 0.61}, True),
-        ({"prompt": 0.6}, False),
+        ({"prompt": 0.6}, True),
+        ({"prompt": 0.6, "instruction_loss": 0.5}, False),
+        ({"prompt": 0.59}, False),
         ({"prompt": 0.55, "instruction": 0.2}, True),
         ({"prompt": 0.5, "instruction": 0.2}, False),
         ({"prompt": 0.9, "no_prompt": 0.95}, True),
+        ({"prompt": 0.5, "instruction": 0.5}, False),
         ({"prompt": 0.0, "majority": 0.0, "instruction": 0.0}, False),
     ],
 )
