@@ -15,10 +15,17 @@ from numpy.typing import NDArray
 from router.calibrating import fit_probability
 from router.cross_fitting import CrossFitting, Fold, HeldOutScores, cross_fitting
 from router.examples import Closeness, Examples, sample_examples
-from router.fitting import Background, Fitter, combine, fit_nearest_mean, lda_fitter
+from router.fitting import (
+    Background,
+    Fitter,
+    combine,
+    fit_nearest_mean,
+    general_precision,
+    lda_fitter,
+)
 from router.head import CALIBRATION_LEVELS, Head, empty_head
 from router.interfaces import FloatArray
-from router.statistics import PooledMoments
+from router.statistics import Moments, PooledMoments
 from router.tasks import Policy, TaskKey
 from router.weighing import weigh
 
@@ -57,16 +64,24 @@ def compile_head(
     if not tasks:
         return empty_head(encoder, dimension)
     fitter: Fitter = fit_nearest_mean
-    for_folds: Fitter = fit_nearest_mean
     if policy.head != "nearest-mean":
-        fitter, for_folds = lda_fitter(background), lda_fitter(background, single=True)
+        fitter = lda_fitter(background)
+
+    def for_folds(total: Moments) -> Fitter:
+        if policy.head == "nearest-mean":
+            return fit_nearest_mean
+        general = general_precision(total, background, single=True)
+        return lda_fitter(background, single=True, general=general)
+
     examples = sample_examples(tasks) if policy.head == "auto" else None
+    closeness = _closeness(examples) if examples is not None else None
     with cross_fitting(pool) as fitting:
         whole, folds = fitting.fit(fitter, for_folds)
         weights = _Weights((1.0,))
         if policy.head != "nearest-mean":
-            weights = _weigh(fitting, folds, examples)
-        closeness = _closeness(examples, weights.closeness)
+            weights = _weigh(fitting, folds, closeness)
+        counts = closeness is not None and weights.closeness > 0
+        closeness = closeness.weighing(weights.closeness) if closeness and counts else None
         held_out = fitting.score(folds, weights.terms, closeness)
     thresholds, margin = _calibrate(held_out, len(tasks), policy)
     decided = np.where(held_out.best >= thresholds[held_out.winner], held_out.winner, REJECTED)
@@ -114,28 +129,26 @@ def held_out_by_task(head: Head, rows: Mapping[TaskKey, int]) -> dict[TaskKey, N
     return dict(zip(head.tasks, np.split(head.held_out, ends), strict=False))
 
 
-def _weigh(fitting: CrossFitting, folds: Sequence[Fold], examples: Examples | None) -> _Weights:
+def _weigh(fitting: CrossFitting, folds: Sequence[Fold], closeness: Closeness | None) -> _Weights:
     """Weights of the likelihood ratio, the discriminant and the cosine, and of the closeness."""
     ratio, discriminant, cosine = (_spread(scores) for scores in fitting.own_scores(folds))
-    prior = _PRIOR_WEIGHTS if examples is not None else _PRIOR_WEIGHTS[:-1]
+    prior = _PRIOR_WEIGHTS if closeness is not None else _PRIOR_WEIGHTS[:-1]
     finders = (0.0, prior[0] / discriminant, prior[1] / cosine)
-    contested = fitting.contested(folds, finders, _closeness(examples, 1.0), _WEIGHED_ROWS)
+    contested = fitting.contested(folds, finders, closeness, _WEIGHED_ROWS)
     spreads = np.array([_spread(scores) for scores in contested.own_terms])
     found = weigh(contested.terms / spreads[:, None, None], contested.own, prior)
     weights = (np.array(found) / spreads).tolist()
     against_general = _RATIO_SHARE * sum(found) / len(prior) / ratio
     return _Weights(
         (against_general, weights[0] - against_general, weights[1]),
-        weights[2] if examples is not None else 0.0,
+        weights[2] if closeness is not None else 0.0,
     )
 
 
-def _closeness(examples: Examples | None, weight: float) -> Closeness | None:
-    """For queries `[x ; 1]`; None where it does not count."""
-    if examples is None or not weight:
-        return None
+def _closeness(examples: Examples) -> Closeness:
+    """For queries `[x ; 1]`, times 1."""
     center = np.zeros(examples.vectors.shape[1], np.float32)
-    return Closeness(examples.rows(center), examples.starts, weight)
+    return Closeness(examples.rows(center), examples.starts, 1.0)
 
 
 def _spread(scores: FloatArray) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ from router.examples import Closeness, best_first
 from router.fitting import Fit, Fitter, combine, offset_scores, row_scores
 from router.head import best_row_per_task
 from router.interfaces import FloatArray
-from router.statistics import FIXED_POINT, FOLDS, PooledMoments, added
+from router.statistics import FIXED_POINT, FOLDS, Moments, PooledMoments, added
 from router.threads import one_blas_thread
 
 _CHUNK_ROWS = 1024
@@ -91,8 +91,11 @@ class CrossFitting:
         self._pool = pool
         self._threads = threads
 
-    def fit(self, fitter: Fitter, for_folds: Fitter) -> tuple[Fit, list[Fold]]:
-        """The fit to all rows, and the folds that have rows, each with a fit without it."""
+    def fit(self, fitter: Fitter, for_folds: Callable[[Moments], Fitter]) -> tuple[Fit, list[Fold]]:
+        """The fit to all rows, and the folds that have rows, each with a fit without it.
+
+        `for_folds` makes the fitter of the folds from the moments of all rows.
+        """
         by_fold = list(self._threads.map(self._pool.of_fold, range(FOLDS)))
         total = added(by_fold)
         whole = self._threads.submit(fitter, total)
@@ -100,8 +103,9 @@ class CrossFitting:
         filled = [fold for fold in range(FOLDS) if by_fold[fold].counts.any()]
         if len(filled) == 1:
             return whole.result(), [self._fold(filled[0], whole.result())]
+        fold_fitter = for_folds(total)
         folds = self._threads.map(
-            lambda fold: self._fold(fold, for_folds(total.without(by_fold[fold]))), filled
+            lambda fold: self._fold(fold, fold_fitter(total.without(by_fold[fold]))), filled
         )
         return whole.result(), list(folds)
 

@@ -67,14 +67,26 @@ def fit_nearest_mean(moments: Moments) -> Fit:
     return Fit((Term(rows),), np.zeros(sums.shape[1]), tasks)
 
 
-def lda_fitter(background: Background, *, single: bool = False) -> Fitter:
+def general_precision(
+    moments: Moments, background: Background, *, single: bool = False
+) -> RealArray:
+    """The inverse `[D, D]` of the covariance of text in general, in float32 if `single`."""
+    number = np.float32 if single else np.float64
+    overall = _regularised(_background_covariance(moments, background), moments)
+    return _inverse(overall.astype(number))
+
+
+def lda_fitter(
+    background: Background, *, single: bool = False, general: RealArray | None = None
+) -> Fitter:
     """One row per cluster, three terms: two log-likelihood ratios, and the cosine.
 
     `single` inverts and multiplies in float32, in half the time: for fits that only calibrate.
     (Shrinkage keeps the condition of the covariances under 1e5 for a million rows.)
 
     The first ratio is against text in general with a covariance of its own, the second against
-    text in general as one more class of the discriminant analysis.
+    text in general as one more class of the discriminant analysis. `general` is the precision of
+    the former where it is known already: the same for all fits that calibrate one head.
     """
 
     def fit_lda(moments: Moments) -> Fit:
@@ -83,15 +95,15 @@ def lda_fitter(background: Background, *, single: bool = False) -> Fitter:
         mean = _mean(moments)
         number: type[np.floating[Any]] = np.float32 if single else np.float64
         within = _regularised(_within_covariance(moments, means, counts), moments)
-        overall = _regularised(_background_covariance(moments, background), moments)
-        precision, general = _inverse(within.astype(number)), _inverse(overall.astype(number))
+        precision = _inverse(within.astype(number))
+        wide = general_precision(moments, background, single=single) if general is None else general
         discriminant = _discriminant((centroids - mean).astype(number), precision)
         general_row = _discriminant((background.mean[None] - mean).astype(number), precision)
         cosines = _unit(centroids.astype(number))
         # The search is over centred embeddings: c.x = c.(x - mean) + c.mean
         cosine = np.concatenate([cosines, (cosines @ mean.astype(number))[:, None]], axis=1)
         terms = (
-            Term(discriminant, precision - general),
+            Term(discriminant, precision - wide),
             Term(discriminant - general_row),
             Term(cosine),
         )

@@ -11,6 +11,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -201,16 +202,26 @@ def evaluate_stream(
     began = time.perf_counter()
     embeddings = embed_texts(encoder, [row.text for row in stream.test], progress)
     registrations: list[Registration] = []
-    scored: list[_Scored] = []
-    with one_blas_thread(), Workshop(scratch / "home", encoder) as workshop:
+    scoring: list[Future[_Scored]] = []
+    # An arrival is scored while the next task is registered.
+    with (
+        one_blas_thread(),
+        Workshop(scratch / "home", encoder) as workshop,
+        ThreadPoolExecutor(1) as scorer,
+    ):
         for task in stream.order:
             progress("tasks", "register", len(registrations), len(stream.order))
             registration, published = _register(
                 workshop, stream, task, scratch, base_model, settings, change, progress
             )
             registrations.append(registration)
-            scored.append(_score(published.head, stream, len(registrations), embeddings.vectors))
+            scoring.append(
+                scorer.submit(
+                    _score, published.head, stream, len(registrations), embeddings.vectors
+                )
+            )
         progress("tasks", "register", len(registrations), len(stream.order))
+    scored = [arrival.result() for arrival in scoring]
     snapshot = Snapshot.build(published.revision, published.head, {})
     decisions = decide(snapshot, stream.test, embeddings)
     matrix = np.stack([arrival.row_of_matrix for arrival in scored])
@@ -321,7 +332,7 @@ def _register(
             for digest in (record.embeddings_sha256, record.prompt and record.prompt.sha256)
             if digest
         ),
-        head_bytes=len(published.head.to_bytes()),
+        head_bytes=published.head_bytes,
         changed_decisions=sum(published.changed_decisions.values()),
         prompt_scores=record.prompt.scores if record.prompt else None,
     )

@@ -30,7 +30,8 @@ _KEPT_HEADS = 16
 class Published:
     """What a publish did: the new catalog revision, its head, and the decisions that changed.
 
-    `gate` is what new tasks did to the others, where that was asked for.
+    `gate` is what new tasks did to the others, where that was asked for. `head_bytes` is the size
+    of the head's file.
     """
 
     revision: int
@@ -38,12 +39,14 @@ class Published:
     report: Mapping[str, float]
     changed_decisions: Mapping[str, int]
     gate: GateReport | None = None
+    head_bytes: int = 0
 
 
 class Workshop:
     """Publishes to one home folder. Everything that is live is a function of the records.
 
-    Statistics of tasks are cached in memory: many registrations in one process read each task once.
+    Statistics of tasks and the newest head are kept in memory: many registrations in one process
+    read each task once, and no head that this process has compiled.
     """
 
     def __init__(self, home: Path, encoder: Encoder) -> None:
@@ -55,6 +58,7 @@ class Workshop:
         self._background: Background | None = None
         self._pool = PooledMoments(encoder.dimension)
         self._statistics: dict[TaskKey, TaskStatistics] = {}
+        self._compiled: tuple[str, Head] | None = None
 
     def close(self) -> None:
         """Close the catalog."""
@@ -182,12 +186,14 @@ class Workshop:
                 gate = measure(before, head, rows, arriving)
                 forced = {record.key for record in records if record.forced_reason}
                 check(gate, () if force else {*arriving} - forced, gate_limit)
+            content = head.to_bytes()
+            head_sha256 = self._heads.write(content)
             revision = catalog.append(
                 Publication(
                     action,
                     records,
                     live,
-                    self._heads.write(head.to_bytes()),
+                    head_sha256,
                     self.encoder.fingerprint,
                     policy,
                     {
@@ -198,7 +204,8 @@ class Workshop:
                     },
                 )
             )
-        return Published(revision, head, head.summary, changed, gate)
+            self._compiled = (head_sha256, head)
+        return Published(revision, head, head.summary, changed, gate, len(content))
 
     def _forget(self, records: tuple[TaskRecord, ...]) -> None:
         """Drop what is cached of records that were not published: their keys are free again."""
@@ -233,7 +240,10 @@ class Workshop:
     def _read_head(self, revision: int) -> Head:
         if not revision:
             return empty_head(self.encoder.fingerprint, self.encoder.dimension)
-        return Head.from_bytes(self._heads.read(self.catalog.revision(revision).head_sha256))
+        sha256 = self.catalog.revision(revision).head_sha256
+        if self._compiled is not None and self._compiled[0] == sha256:
+            return self._compiled[1]
+        return Head.from_bytes(self._heads.read(sha256))
 
     def _prune_heads(self, newest: int) -> None:
         """Remove heads that only old revisions use: they can be compiled again from the records."""

@@ -186,8 +186,8 @@ def test_a_stream_of_tasks_is_registered_and_scored(one_file: Path, tmp_path: Pa
     assert "answers" not in report
     for arrival in report["registrations"]:
         assert arrival["seconds"] > 0
-        # A row is 768 numbers of two bytes.
-        assert arrival["bytes"] > 10 * 768 * 2
+        # A row is 1152 numbers of two bytes.
+        assert arrival["bytes"] > 10 * 1152 * 2
         assert arrival["head_bytes"] > 0
 
     with (folder / "decisions.csv").open(encoding="utf-8", newline="") as file:

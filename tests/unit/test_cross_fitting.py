@@ -42,7 +42,7 @@ def test_rows_are_scored_by_a_fit_to_the_rows_of_the_other_folds(
     assert examples is not None
     biases = np.split(examples.biases, examples.starts[1:-1])
     with cross_fitting(pooled(tasks)) as fitting:
-        _, folds = fitting.fit(fitter, fitter)
+        _, folds = fitting.fit(fitter, lambda _: fitter)
         found = fitting.score(folds, weights, closeness_of(tasks, weight) if weight else None)
     moments = pooled(tasks)
     place = 0
@@ -78,7 +78,7 @@ def test_own_scores_are_those_of_the_own_task_and_leave_out_rows_that_have_none(
     ]
     with cross_fitting(pooled(tasks)) as fitting:
         fitter = lda_fitter(wide_background(DIMENSION))
-        _, folds = fitting.fit(fitter, fitter)
+        _, folds = fitting.fit(fitter, lambda _: fitter)
         own = fitting.own_scores(folds)
         found = fitting.score(folds, (1.0, 1.0, 1.0))
     assert [len(scores) for scores in own] == [15, 15, 15]
@@ -94,7 +94,7 @@ def test_contested_rows_are_compared_with_the_tasks_that_come_closest_and_their_
     ]
     with cross_fitting(pooled(tasks)) as fitting:
         fitter = lda_fitter(wide_background(DIMENSION))
-        _, folds = fitting.fit(fitter, fitter)
+        _, folds = fitting.fit(fitter, lambda _: fitter)
         contested = fitting.contested(folds, (0.0, 1.0, 0.0), closeness_of(tasks, 1.0), 4 * 15)
         scored = fitting.score(folds, (0.0, 1.0, 0.0))
     assert contested.terms.shape == (2, 60, SHORTLIST)
@@ -109,5 +109,5 @@ def test_terms_without_weight_are_left_out_and_closeness_where_there_is_none() -
     tasks = [random_task(name, rng, rows=3, dimension=DIMENSION) for name in "abc"]
     with cross_fitting(pooled(tasks)) as fitting:
         fitter = lda_fitter(wide_background(DIMENSION))
-        _, folds = fitting.fit(fitter, fitter)
+        _, folds = fitting.fit(fitter, lambda _: fitter)
         assert fitting.contested(folds, (0.0, 1.0, 1.0), None, 100).terms.shape == (2, 9, 3)

@@ -106,7 +106,7 @@ def test_int8_agrees_with_float32(encoder: OnnxMiniLM, float_encoder: OnnxMiniLM
 def test_last_layer_features_are_those_of_the_published_model(torch_encoder: TorchMiniLM) -> None:
     published = TorchEncoder(str(model_folder()), window=WINDOW_TOKENS)
     texts = TEXTS[:8]
-    last = torch_encoder.encode(texts).vectors[:, 384:] * 2**0.5
+    last = torch_encoder.encode(texts).vectors[:, -384:] * 3**0.5
     np.testing.assert_allclose(published.encode(texts).vectors, last, atol=1e-5)
 
 
@@ -174,14 +174,14 @@ def test_a_vector_is_the_same_on_every_call_and_from_every_thread(either: OnnxMi
 def test_vectors_are_unit_vectors_also_of_odd_texts(either: OnnxMiniLM) -> None:
     vectors = either.encode([*ODD_TEXTS, "", "   "]).vectors
     assert vectors.dtype == np.float32
-    assert vectors.shape == (len(ODD_TEXTS) + 2, 768)
+    assert vectors.shape == (len(ODD_TEXTS) + 2, 1152)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
 
 
 def test_no_texts_give_no_vectors(either: OnnxMiniLM, torch_encoder: TorchMiniLM) -> None:
     for one in (either, torch_encoder):
         empty: Embeddings = one.encode([])
-        assert empty.vectors.shape == (0, 768)
+        assert empty.vectors.shape == (0, 1152)
         assert empty.truncated.shape == (0,)
         assert one.count_tokens([]) == []
 
@@ -226,7 +226,7 @@ def test_more_text_than_one_batch_may_hold_is_encoded_in_several(either: OnnxMin
 def test_the_fingerprint_names_weights_pooling_window_runtime_and_precision(
     encoder: OnnxMiniLM, float_encoder: OnnxMiniLM, torch_encoder: TorchMiniLM
 ) -> None:
-    common = f"{NAME}:{WEIGHTS_SHA256[:16]}:mean-3+6:window-256"
+    common = f"{NAME}:{WEIGHTS_SHA256[:16]}:mean-1+4+6:window-256"
     assert encoder.fingerprint == f"{common}:onnx-int8"
     assert float_encoder.fingerprint == f"{common}:onnx-float32"
     assert torch_encoder.fingerprint == f"{common}:torch-float32"

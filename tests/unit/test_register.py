@@ -108,7 +108,7 @@ def test_texts_are_routed_to_the_tasks_that_were_registered(
         assert result.published is not None
         assert result.failures == {}
         stored = read_statistics(workshop.artifacts, result.records[0])
-    background = Background(np.zeros(768), np.eye(768) / 768)
+    background = Background(np.zeros(1152), np.eye(1152) / 1152)
     models = ServedModels(encoder.fingerprint, encoder.dimension, background)
     with CatalogReader(home) as catalog:
         snapshot = SnapshotLoader(home, models).load(catalog, 1, None)
