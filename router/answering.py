@@ -10,7 +10,8 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
 from router.batching import BatchLimits, MicroBatcher
-from router.interfaces import Generation, LanguageModel, Observer, PromptedInput
+from router.interfaces import Generation, LanguageModel, Observer, PromptedInput, Scores
+from router.label_classifier import LabelEvidence
 from router.observing import UNOBSERVED
 
 # Only used to put inputs of similar length together; a token is rarely shorter.
@@ -22,12 +23,19 @@ class Question:
     """What to ask of the base model.
 
     `outputs` are the closed set to choose from, or None for free text of at most
-    `max_output_tokens`.
+    `max_output_tokens`. `evidence` is what the task's label classifier says, where it has one.
     """
 
     input: PromptedInput
     outputs: tuple[str, ...] | None
     max_output_tokens: int
+    evidence: LabelEvidence | None = None
+
+    def choose(self, scores: Scores) -> int:
+        """The index of the output that these scores and the evidence are for."""
+        if self.evidence is None:
+            return scores.best
+        return self.evidence.best(scores.log_probabilities)
 
 
 @dataclass(slots=True, eq=False)
@@ -110,14 +118,15 @@ class Answerer:
         for row, candidates, scores in zip(
             rows, outputs, self.model.score(inputs, outputs), strict=True
         ):
-            label = candidates[scores.best]
+            chosen = row.question.choose(scores)
+            label = candidates[chosen]
             row.on_piece(label)
             answers.append(
                 Generation(
                     label,
                     "label",
                     scores.input_tokens,
-                    scores.output_tokens[scores.best],
+                    scores.output_tokens[chosen],
                     scores.truncated,
                 )
             )

@@ -18,6 +18,7 @@ from router.errors import CorruptArtifactError, IncompatibleModelError, Promptya
 from router.fitting import Background
 from router.head import Head, empty_head
 from router.interfaces import FloatArray
+from router.label_classifier import LabelClassifier
 from router.rejection import RejectionPolicy
 from router.snapshot import Snapshot
 from router.statistics import PooledMoments, TaskStatistics
@@ -25,6 +26,7 @@ from router.tasks import PromptMethod, ServedTask, SoftPrompt, TaskKey, TaskReco
 
 EMBEDDINGS_TENSOR = "embeddings"
 CLUSTERS_TENSOR = "clusters"
+CLASSIFIER_TENSOR = "label_rows"
 PROMPT_TENSOR = "prompt_embeddings"
 PREFIX_TENSOR = "prefix_keys_and_values"
 PROMPT_TENSORS: Mapping[PromptMethod, str] = {"prompt": PROMPT_TENSOR, "prefix": PREFIX_TENSOR}
@@ -81,7 +83,9 @@ class SnapshotLoader:
             return before
         record = catalog.record(key)
         try:
-            return ServedTask(record, self._prompt(record))
+            prompt = self._prompt(record)
+            classifier = read_classifier(self._artifacts, record) if prompt is not None else None
+            return ServedTask(record, prompt, classifier=classifier)
         except PromptyardError as error:
             _log.warning("task out of service", task=str(key), problem=str(error))
             return ServedTask(record, problem=str(error))
@@ -175,3 +179,20 @@ def read_prompt(artifacts: ArtifactReader, record: TaskRecord) -> FloatArray:
             f"prompt of {record.key}", f"{len(values)} tokens, not {prompt.tokens}", "restore it"
         )
     return cast("FloatArray", values)
+
+
+def read_classifier(artifacts: ArtifactReader, record: TaskRecord) -> LabelClassifier | None:
+    """The label classifier of a task; None where it has none.
+
+    Raises:
+        CorruptArtifactError: missing, damaged, or not for as many labels as the task has.
+    """
+    about = record.classifier
+    if about is None:
+        return None
+    rows = artifacts.read_tensor(about.sha256, CLASSIFIER_TENSOR, np.float32)
+    if len(rows) != len(record.outputs or ()):
+        raise CorruptArtifactError(
+            f"label classifier of {record.key}", f"{len(rows)} labels", "register the task again"
+        )
+    return LabelClassifier(cast("FloatArray", rows), about.prompt_weight)

@@ -23,7 +23,14 @@ from router.errors import (
 )
 from router.explaining import LEAST_EXPLAINED, Explainer
 from router.explanation import Explanation
-from router.interfaces import Embeddings, Encoder, Generation, Observer, PromptedInput
+from router.interfaces import (
+    Embeddings,
+    Encoder,
+    FloatArray,
+    Generation,
+    Observer,
+    PromptedInput,
+)
 from router.limits import Limits
 from router.observing import UNOBSERVED
 from router.rejection import RejectionPolicy
@@ -50,12 +57,24 @@ class Live(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Question:
-    """One text in the encoder's queue, the snapshot that its caller took, and the policy."""
+    """One text in the encoder's queue, the snapshot that its caller took, and the policy.
+
+    `decided` is the decision where a caller named the task: only the embedding is asked for.
+    """
 
     text: str
     top_k: int
     snapshot: Snapshot
     rejection: RejectionPolicy
+    decided: Decision | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Routed:
+    """The decision on a text, and its embedding `[D]`."""
+
+    decision: Decision
+    vector: FloatArray
 
 
 class Router:
@@ -113,8 +132,8 @@ class Router:
     ) -> Decision:
         """The decision on one text."""
         self.limits.check_text(text)
-        [decision] = await self._route([text], top_k, self.live.snapshot, on_unknown)
-        return decision
+        [routed] = await self._route([text], top_k, self.live.snapshot, on_unknown)
+        return routed.decision
 
     async def explain(
         self, text: str, top_k: int = 0, on_unknown: RejectionPolicy | None = None
@@ -125,7 +144,8 @@ class Router:
         self.limits.check_text(text)
         snapshot = self.live.snapshot
         explained = max(top_k, LEAST_EXPLAINED) if top_k >= 0 else top_k
-        [decision] = await self._route([text], explained, snapshot, on_unknown)
+        [routed] = await self._route([text], explained, snapshot, on_unknown)
+        decision = routed.decision
         explanation = await self._explainer.explain(snapshot, self.encoder, text, decision)
         return _listing(decision, top_k), explanation
 
@@ -134,7 +154,8 @@ class Router:
     ) -> list[Decision]:
         """One decision per text, all at one catalog revision."""
         self.limits.check_texts(texts)
-        return await self._route(texts, top_k, self.live.snapshot, on_unknown)
+        routed = await self._route(texts, top_k, self.live.snapshot, on_unknown)
+        return [each.decision for each in routed]
 
     async def generate(
         self,
@@ -163,23 +184,31 @@ class Router:
         if self.answerer is None:
             raise _no_base_model()
         snapshot = self.live.snapshot
+        vector = None
         if task:
             self.limits.check_top_k(top_k)
             decision = _named(snapshot, task)
         else:
-            [decision] = await self._route([text], top_k, snapshot, on_unknown)
+            [routed] = await self._route([text], top_k, snapshot, on_unknown)
+            decision, vector = routed.decision, routed.vector
         yield decision
         if decision.used is None:
             yield AnswerSummary(FinishReason.NO_TASK)
             return
         served = snapshot.task(decision.used.name)
         prompt = usable_prompt(served)
+        evidence = None
+        if served.classifier is not None:
+            if vector is None:
+                vector = await self._embed(text, snapshot, decision)
+            evidence = served.classifier.evidence(vector)
         question = Question(
             PromptedInput(
                 fill(served.record.template, text, context), prompt.values, prompt.method
             ),
             served.record.outputs,
             output_tokens,
+            evidence,
         )
         async with aclosing(self.answerer.answer(question)) as steps:
             async for step in steps:
@@ -195,7 +224,7 @@ class Router:
         top_k: int,
         snapshot: Snapshot,
         on_unknown: RejectionPolicy | None,
-    ) -> list[Decision]:
+    ) -> list[_Routed]:
         """Decide texts that were checked."""
         self.limits.check_top_k(top_k)
         rejection = _rejection(snapshot, on_unknown)
@@ -203,15 +232,32 @@ class Router:
             [_Question(text, top_k, snapshot, rejection) for text in texts]
         )
 
+    async def _embed(self, text: str, snapshot: Snapshot, decided: Decision) -> FloatArray:
+        """The embedding `[D]` of a text whose task was named."""
+        question = _Question(text, 0, snapshot, snapshot.rejection, decided)
+        [routed] = await self._batcher.submit([question])
+        return routed.vector
+
     def _count_tokens(self, questions: Sequence[_Question]) -> list[int]:
         return self.encoder.count_tokens([question.text for question in questions])
 
-    def _decide(self, questions: Sequence[_Question]) -> list[Decision]:
+    def _decide(self, questions: Sequence[_Question]) -> list[_Routed]:
         """In the worker thread: encode the batch, and let each text's own snapshot decide."""
         began = time.perf_counter()
         embeddings = self.encoder.encode([question.text for question in questions])
         encoded = time.perf_counter()
         self.observer.stage_ended("routing_encode", encoded - began)
+        places = [place for place, question in enumerate(questions) if question.decided is None]
+        asked = [questions[place] for place in places]
+        found = iter(self._search(asked, _rows(embeddings, places)) if asked else ())
+        self.observer.stage_ended("routing_decide", time.perf_counter() - encoded)
+        return [
+            _Routed(question.decided or next(found), vector)
+            for question, vector in zip(questions, embeddings.vectors, strict=True)
+        ]
+
+    def _search(self, questions: Sequence[_Question], embeddings: Embeddings) -> list[Decision]:
+        """The decisions on texts with these embeddings."""
         first = questions[0].snapshot
         # A policy may use the best candidate.
         top_k = max(1, *(question.top_k for question in questions))
@@ -220,14 +266,13 @@ class Router:
         else:
             # The catalog changed while these texts were coming in.
             decisions = [
-                question.snapshot.decide(_row(embeddings, position), top_k)[0]
-                for position, question in enumerate(questions)
+                question.snapshot.decide(_rows(embeddings, [place]), top_k)[0]
+                for place, question in enumerate(questions)
             ]
         decided = [
             _listing(question.snapshot.apply(decision, question.rejection), question.top_k)
             for decision, question in zip(decisions, questions, strict=True)
         ]
-        self.observer.stage_ended("routing_decide", time.perf_counter() - encoded)
         for decision in decided:
             self.observer.decided(decision)
         if self._note is not None:
@@ -299,9 +344,10 @@ def _named(snapshot: Snapshot, name: str) -> Decision:
     )
 
 
-def _row(embeddings: Embeddings, position: int) -> Embeddings:
-    rows = slice(position, position + 1)
-    return Embeddings(embeddings.vectors[rows], embeddings.truncated[rows])
+def _rows(embeddings: Embeddings, places: list[int]) -> Embeddings:
+    if len(places) == len(embeddings.vectors):
+        return embeddings
+    return Embeddings(embeddings.vectors[places], embeddings.truncated[places])
 
 
 def _listing(decision: Decision, top_k: int) -> Decision:

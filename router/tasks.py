@@ -13,6 +13,7 @@ from router.errors import CorruptArtifactError, InvalidInputError
 
 if TYPE_CHECKING:  # a client loads no numpy for these values
     from router.interfaces import FloatArray
+    from router.label_classifier import LabelClassifier
 
 MAX_TASK_NAME_CHARACTERS = 100
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -84,6 +85,19 @@ class PromptSummary:
         return self.hidden_size * (2 * self.layers if self.method == "prefix" else 1)
 
 
+@dataclass(frozen=True, slots=True)
+class ClassifierSummary:
+    """The label classifier of a task (`router.label_classifier`): its file, and what it is worth.
+
+    `accuracy` is the share of the task's rows that it labels rightly when they are held out;
+    `prompt_weight` is what the base model's log-probabilities count beside it.
+    """
+
+    sha256: str
+    prompt_weight: float
+    accuracy: float
+
+
 # Fields of later versions. A record that lacks them keeps the digest that it was stored with.
 _LATER_FIELDS: Mapping[str, object] = {
     "method": "prompt",
@@ -115,6 +129,7 @@ class TaskRecord:
     forced_reason: str = ""
     format: int = RECORD_FORMAT
     template: str = ""
+    classifier: ClassifierSummary | None = None
 
     @property
     def key(self) -> TaskKey:
@@ -124,8 +139,9 @@ class TaskRecord:
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces. Its SHA-256 is the record's digest."""
         document = asdict(self)
-        if not document["template"]:
-            del document["template"]  # a later field, too
+        for later in ("template", "classifier"):
+            if not document[later]:
+                del document[later]
         if document["prompt"] is not None:
             document["prompt"] = {
                 key: value
@@ -154,10 +170,12 @@ class TaskRecord:
                 )
             prompt = raw.pop("prompt")
             outputs = raw.pop("outputs")
+            classifier = raw.pop("classifier", None)
             return cls(
                 **{**raw, "data": DataSummary(**raw["data"])},
                 outputs=None if outputs is None else tuple(outputs),
                 prompt=None if prompt is None else _prompt_summary(prompt),
+                classifier=None if classifier is None else ClassifierSummary(**classifier),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptArtifactError(
@@ -230,6 +248,7 @@ class ServedTask:
     record: TaskRecord
     prompt: SoftPrompt | None = field(default=None, repr=False)
     problem: str = ""
+    classifier: LabelClassifier | None = field(default=None, repr=False)
 
 
 def check_task_name(name: str) -> str:

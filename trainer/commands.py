@@ -27,6 +27,7 @@ class RegisterTask:
     another; it is the reason, and is recorded. `prompt_from` is a folder of PEFT whose prompt is
     taken instead of tuning one. `metric` is what answers are scored by (`trainer.answer_metrics`);
     empty: what suits the outputs. `template` is stored with the task (`router.templates`).
+    `with_classifier`: fit a label classifier beside the prompt, where the outputs are a closed set.
     """
 
     name: str
@@ -42,6 +43,7 @@ class RegisterTask:
     prompt_from: Path | None = None
     metric: str = ""
     template: str = ""
+    with_classifier: bool = True
 
 
 @dataclass(frozen=True, slots=True)

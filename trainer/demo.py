@@ -28,6 +28,7 @@ from router.client import RouterClient
 from router.decision import Decision
 from router.errors import CatalogError
 from router.interfaces import Encoder, LanguageModel, PromptedInput
+from router.snapshot import Snapshot
 from router.tasks import TaskKey
 from trainer.admission import Registered
 from trainer.commands import PolicyChange, RegisterTask
@@ -40,7 +41,9 @@ from trainer.demo_result import (
     LiveRegistration,
     OutOfScope,
     check,
+    share,
 )
+from trainer.evaluate_routing import load_snapshot
 from trainer.manifest import read_manifest
 from trainer.prompt_quality import same_text
 from trainer.register import Progress, register
@@ -77,6 +80,8 @@ def run_demo(
             result.answered = ask_all(client, rows)
             result.out_of_scope = _out_of_scope(client)
             result.no_prompt = _without_prompt(base_model, requests, rows)
+            snapshot = load_snapshot(home, encoder, base_model.fingerprint)
+            result.prompt_alone = _prompt_alone(base_model, snapshot, rows)
             result.tfidf_routing = _tfidf_routing(requests, rows)
             say("[4/4] registering one more task while the server runs")
             result.live = _register_live(workshop, base_model, client, result, progress)
@@ -166,16 +171,31 @@ def _without_prompt(
         request.name: None if request.free_text else closed_outputs(_examples(request.data))
         for request in requests
     }
+    return share(
+        same_text(
+            _answer(base_model, PromptedInput(row.input, None), outputs.get(row.task)), row.output
+        )
+        for row in rows
+    )
+
+
+def _prompt_alone(base_model: LanguageModel, snapshot: Snapshot, rows: Sequence[HeldOut]) -> float:
+    """The share of right answers under the right task's prompt, without a label classifier."""
     right = 0
     for row in rows:
-        labels = outputs.get(row.task)
-        bare = [PromptedInput(row.input, None)]
-        if labels is None:
-            answer = base_model.generate(bare, _ANSWER_TOKENS)[0].text
-        else:
-            answer = labels[base_model.score(bare, [labels])[0].best]
-        right += same_text(answer, row.output)
+        task = snapshot.tasks.get(row.task)
+        if task is not None and task.prompt is not None:
+            prompted = PromptedInput(row.input, task.prompt.values, task.prompt.method)
+            right += same_text(_answer(base_model, prompted, task.record.outputs), row.output)
     return right / len(rows)
+
+
+def _answer(
+    base_model: LanguageModel, prompted: PromptedInput, labels: tuple[str, ...] | None
+) -> str:
+    if labels is None:
+        return base_model.generate([prompted], _ANSWER_TOKENS)[0].text
+    return labels[base_model.score([prompted], [labels])[0].best]
 
 
 def _tfidf_routing(requests: Sequence[RegisterTask], rows: Sequence[HeldOut]) -> float:

@@ -102,6 +102,7 @@ class DemoResult:
     answered: Sequence[Answered] = ()
     out_of_scope: Sequence[OutOfScope] = ()
     no_prompt: float = 0.0
+    prompt_alone: float = 0.0
     tfidf_routing: float = 0.0
     live: LiveRegistration | None = None
     seconds: float = 0.0

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from router.answering import Question
 from router.errors import InvalidInputError, NoPromptError, TaskOutOfServiceError
-from router.interfaces import LanguageModel, PromptedInput
+from router.interfaces import FloatArray, LanguageModel, PromptedInput
 from router.routing import usable_prompt
 from router.snapshot import Snapshot
 from router.tasks import SoftPrompt
@@ -29,14 +29,16 @@ class AnswerFigures:
     """Scores of answers: shares of right ones, but for a task's figures, which are by its metric.
 
     `routed` is under the prompt of the best-scoring task, `routed_with_rejection` counts rows that
-    were called unknown as wrong, `oracle` is under the row's own task's prompt, and `no_prompt` has
-    that task's set of outputs but no prompt.
+    were called unknown as wrong, `oracle` is under the row's own task's prompt, `prompt_alone` is
+    that without the task's label classifier, and `no_prompt` has the task's set of outputs but
+    neither.
     """
 
     rows: int
     routed: float
     routed_with_rejection: float
     oracle: float
+    prompt_alone: float
     no_prompt: float
     metric: Metric = "accuracy"
 
@@ -67,6 +69,7 @@ class _Answered:
     rejected: bool
     routed: str
     oracle: str
+    prompt_alone: str
     no_prompt: str
 
 
@@ -74,11 +77,14 @@ def evaluate_answers(
     snapshot: Snapshot,
     model: LanguageModel,
     decisions: Sequence[RoutedText],
+    vectors: FloatArray,
     max_output_tokens: int = DEFAULT_OUTPUT_TOKENS,
     progress: Progress = lambda *_: None,
     metric: Metric | None = None,
 ) -> AnswerEvaluation:
     """Answer the in-scope rows, as they were routed by `decisions`, and compare with their outputs.
+
+    `vectors` `[B, D]` are the embeddings of the decisions' rows.
 
     A closed set of outputs is scored, free text of at most `max_output_tokens` is generated. An
     answer is right that is the row's output, apart from case and white space. A task's answers are
@@ -89,26 +95,45 @@ def evaluate_answers(
         InvalidInputError: no row is in scope.
         NoPromptError, TaskOutOfServiceError: a row's own task has no prompt that can be used.
     """
-    in_scope = [routed for routed in decisions if routed.row.task is not None]
+    places = [place for place, routed in enumerate(decisions) if routed.row.task is not None]
+    in_scope = [decisions[place] for place in places]
     if not in_scope:
         raise InvalidInputError("rows", "none is in scope", "give rows of the catalog's tasks")
     questions = _Questions(snapshot, max_output_tokens)
-    oracle = [questions.ask(routed.row, str(routed.row.task)) for routed in in_scope]
+    oracle = [
+        questions.ask(routed.row, str(routed.row.task), vector)
+        for routed, vector in zip(in_scope, vectors[places], strict=True)
+    ]
+    # Where there is no classifier, this is the question that was asked already.
+    alone = [replace(question, evidence=None) for question in oracle if question.evidence]
     bare = [questions.ask_bare(routed.row, str(routed.row.task)) for routed in in_scope]
     elsewhere = [
-        questions.ask_if_prompted(routed.row, routed.best)
-        for routed in in_scope
+        questions.ask_if_prompted(routed.row, routed.best, vector)
+        for routed, vector in zip(in_scope, vectors[places], strict=True)
         if not routed.is_right
     ]
-    answers = iter(_answer(model, [*oracle, *bare, *filter(None, elsewhere)], progress))
+    asked = [*oracle, *alone, *bare, *filter(None, elsewhere)]
+    answers = iter(_answer(model, asked, progress))
     oracle_answers = [next(answers) for _ in oracle]
+    alone_answers = iter([next(answers) for _ in alone])
     bare_answers = [next(answers) for _ in bare]
     other_answers = iter([next(answers) if question else None for question in elsewhere])
     answered = []
-    for routed, own, plain in zip(in_scope, oracle_answers, bare_answers, strict=True):
+    for routed, question, own, plain in zip(
+        in_scope, oracle, oracle_answers, bare_answers, strict=True
+    ):
         given = own if routed.is_right else next(other_answers)
-        task, expected = str(routed.row.task), routed.row.output
-        answered.append(_Answered(task, expected, routed.is_rejected, given or "", own, plain))
+        answered.append(
+            _Answered(
+                str(routed.row.task),
+                routed.row.output,
+                routed.is_rejected,
+                given or "",
+                own,
+                next(alone_answers) if question.evidence else own,
+                plain,
+            )
+        )
     tasks = sorted({row.task for row in answered})
     return _evaluation(model, answered, {t: metric or _metric(snapshot, t) for t in tasks})
 
@@ -125,14 +150,18 @@ class _Questions:
         self._snapshot = snapshot
         self._max_output_tokens = max_output_tokens
 
-    def ask(self, row: LabelledText, task: str) -> Question:
-        """The question under the task's prompt."""
-        return self._question(row, task, usable_prompt(self._snapshot.task(task)))
+    def ask(self, row: LabelledText, task: str, vector: FloatArray) -> Question:
+        """The question under the task's prompt, of a row with the embedding `[D]`."""
+        served = self._snapshot.task(task)
+        question = self._question(row, task, usable_prompt(served))
+        if served.classifier is None:
+            return question
+        return replace(question, evidence=served.classifier.evidence(vector))
 
-    def ask_if_prompted(self, row: LabelledText, task: str) -> Question | None:
+    def ask_if_prompted(self, row: LabelledText, task: str, vector: FloatArray) -> Question | None:
         """The same, or None where the task has no prompt that can be used."""
         try:
-            return self.ask(row, task)
+            return self.ask(row, task, vector)
         except (NoPromptError, TaskOutOfServiceError):
             return None
 
@@ -174,7 +203,10 @@ def _batch(model: LanguageModel, questions: Sequence[Question]) -> list[str]:
         return [generation.text for generation in written]
     outputs = [question.outputs or () for question in questions]
     scores = model.score(inputs, outputs)
-    return [labels[row.best] for labels, row in zip(outputs, scores, strict=True)]
+    return [
+        labels[question.choose(row)]
+        for question, labels, row in zip(questions, outputs, scores, strict=True)
+    ]
 
 
 def _evaluation(
@@ -190,6 +222,7 @@ def _evaluation(
         metrics.mean([figures.routed for figures in of_tasks]),
         metrics.mean([figures.routed_with_rejection for figures in of_tasks]),
         metrics.mean([figures.oracle for figures in of_tasks]),
+        metrics.mean([figures.prompt_alone for figures in of_tasks]),
         metrics.mean([figures.no_prompt for figures in of_tasks]),
     )
     return AnswerEvaluation(
@@ -211,6 +244,7 @@ def _figures(rows: Sequence[_Answered], metric: Metric) -> AnswerFigures:
         score(metric, [row.routed for row in rows], expected),
         score(metric, ["" if row.rejected else row.routed for row in rows], expected),
         score(metric, [row.oracle for row in rows], expected),
+        score(metric, [row.prompt_alone for row in rows], expected),
         score(metric, [row.no_prompt for row in rows], expected),
         metric,
     )

@@ -228,7 +228,9 @@ def evaluate_stream(
     answers = None
     if base_model is not None:
         served = load_snapshot(scratch / "home", encoder, base_model.fingerprint)
-        answers = evaluate_answers(served, base_model, decisions, max_output_tokens, progress)
+        answers = evaluate_answers(
+            served, base_model, decisions, embeddings.vectors, max_output_tokens, progress
+        )
     return StreamEvaluation(
         stream=stream,
         encoder=encoder.fingerprint,

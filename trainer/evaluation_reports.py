@@ -260,6 +260,7 @@ def _answers_summary(answers: AnswerEvaluation) -> list[list[str]]:
             "a rejected row is wrong",
         ],
         ["answers, right task given", percent(mean.oracle), "the oracle's task"],
+        ["answers, prompt alone", percent(mean.prompt_alone), "right task, no label classifier"],
         ["answers, no prompt", percent(mean.no_prompt), ""],
         ["routing loss", points(answers.routing_loss), "right task given less routed, in points"],
     ]
@@ -273,6 +274,7 @@ def _answers_table(answers: AnswerEvaluation) -> Table:
             percent(figures.routed),
             percent(figures.routed_with_rejection),
             percent(figures.oracle),
+            percent(figures.prompt_alone),
             percent(figures.no_prompt),
             str(figures.rows),
         ]
@@ -280,6 +282,15 @@ def _answers_table(answers: AnswerEvaluation) -> Table:
     tasks = sorted(answers.per_task.items(), key=lambda item: (item[1].routed, item[0]))
     return Table(
         "Answers by task, the worst first",
-        ("task", "metric", "routed", "with rejection", "right task given", "no prompt", "rows"),
+        (
+            "task",
+            "metric",
+            "routed",
+            "with rejection",
+            "right task given",
+            "prompt alone",
+            "no prompt",
+            "rows",
+        ),
         [cells(name, figures) for name, figures in tasks],
     )

@@ -28,7 +28,7 @@ _TEXTS = (
 )
 # Paths, relative to the manifest.
 _FOLDERS = ("prompt_from",)
-_FLAGS = ("with_prompt", "free_text", "drop_duplicates", "revise")
+_FLAGS = ("with_prompt", "with_classifier", "free_text", "drop_duplicates", "revise")
 
 
 def read_manifest(path: Path) -> list[RegisterTask]:

@@ -15,10 +15,15 @@ from importlib.metadata import version
 import numpy as np
 
 from router.errors import InvalidInputError, PromptyardError, RefusedError, shorten
-from router.interfaces import Embeddings, LanguageModel
-from router.loading import CLUSTERS_TENSOR, EMBEDDINGS_TENSOR, PROMPT_TENSORS
+from router.interfaces import Embeddings, FloatArray, LanguageModel
+from router.loading import (
+    CLASSIFIER_TENSOR,
+    CLUSTERS_TENSOR,
+    EMBEDDINGS_TENSOR,
+    PROMPT_TENSORS,
+)
 from router.statistics import to_fixed_point
-from router.tasks import PromptSummary, TaskRecord
+from router.tasks import ClassifierSummary, PromptSummary, TaskRecord
 from router.templates import fill
 from trainer.admission import Registered, SuspectInput
 from trainer.answer_metrics import Metric
@@ -29,6 +34,7 @@ from trainer.commands import PolicyChange, RegisterTask
 from trainer.data import Example, LabelledFile, summarise
 from trainer.gate import DEFAULT_GATE_LIMIT, InterferenceError
 from trainer.initialisation import Start
+from trainer.label_classifier import PROMPT_WEIGHT, fit_classifier
 from trainer.nearest_prompts import nearest_prompts
 from trainer.preparing import Prepared, prepare
 from trainer.prompt_import import import_prompt
@@ -265,8 +271,9 @@ def _store(
             CLUSTERS_TENSOR: cluster(embeddings.vectors)[:, None],
         }
     )
-    prompt = None
+    prompt = classifier = None
     if tuned is not None and base_model is not None:
+        classifier = _classifier(workshop, task, embeddings.vectors)
         tokens, width = tuned.values.shape
         prompt = PromptSummary(
             sha256=workshop.artifacts.write_tensors({PROMPT_TENSORS[tuned.method]: tuned.values}),
@@ -298,6 +305,23 @@ def _store(
         prompt=prompt,
         forced_reason=request.force,
         template=request.template,
+        classifier=classifier,
+    )
+
+
+def _classifier(
+    workshop: Workshop, task: Prepared, vectors: FloatArray
+) -> ClassifierSummary | None:
+    """Fit and store the label classifier of a task with a closed set of outputs, where wanted."""
+    if task.outputs is None or not task.request.with_classifier:
+        return None
+    fitted = fit_classifier(vectors, [row.output for row in task.file.examples], task.outputs)
+    if fitted is None:
+        return None
+    return ClassifierSummary(
+        workshop.artifacts.write_tensors({CLASSIFIER_TENSOR: fitted.rows}),
+        PROMPT_WEIGHT,
+        fitted.accuracy,
     )
 
 

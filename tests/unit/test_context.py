@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from router.backends.language_model import load_language_model
@@ -197,7 +198,9 @@ def test_answers_are_evaluated_with_the_rows_passages(tmp_path: Path) -> None:
     def oracle(text: LabelledText) -> float:
         model = FakeLanguageModel()
         routed = RoutedText(text, "weather", Outcome.MATCHED, 1, 1, 0.5, truncated=False)
-        found = evaluate_answers(snapshot, model, [routed]).mean.oracle
+        found = evaluate_answers(
+            snapshot, model, [routed], np.zeros((1, 4), np.float32)
+        ).mean.oracle
         inputs: list[PromptedInput] = [item for batch in model.batches for item in batch]
         assert all(item.text.startswith("context:") for item in inputs)
         return found

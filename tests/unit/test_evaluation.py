@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from router.decision import Outcome
 from router.errors import InvalidInputError, NoPromptError
+from router.interfaces import FloatArray
+from router.label_classifier import LabelClassifier
 from tests.fakes import FakeEncoder, FakeLanguageModel, make_snapshot, make_task, without_prompt
 from trainer.evaluate_answers import evaluate_answers
 from trainer.evaluate_orders import random_orders
@@ -106,7 +111,9 @@ def test_answers_are_measured_routed_with_the_right_task_and_without_prompt() ->
         as_routed(LabelledText(5, "tell a tale", "story", "tell A  tale"), "story"),
         as_routed(LabelledText(6, "no task at all", None), "story"),
     ]
-    answers = evaluate_answers(make_snapshot(), FakeLanguageModel(), decisions)
+    answers = evaluate_answers(
+        make_snapshot(), FakeLanguageModel(), decisions, no_vectors(decisions)
+    )
     weather = answers.per_task["weather"]
     assert weather.rows == 3
     assert weather.routed == pytest.approx(2 / 3)
@@ -119,10 +126,34 @@ def test_answers_are_measured_routed_with_the_right_task_and_without_prompt() ->
     assert answers.mean.rows == answers.over_rows.rows == 5
 
 
+def no_vectors(decisions: Sequence[RoutedText]) -> FloatArray:
+    """Embeddings for tasks without a label classifier, which look at none."""
+    return np.zeros((len(decisions), 4), np.float32)
+
+
+def test_a_label_classifier_decides_with_the_prompt_and_the_prompt_alone_is_scored_too() -> None:
+    task = make_task("weather", ("sun", "rain", "snow"))
+    rows = np.zeros((3, 5), np.float32)
+    rows[1, 0] = 100.0  # an input on the first axis is rain, whatever the base model says
+    classified = replace(task, classifier=LabelClassifier(rows, 0.3))
+    decisions = [
+        as_routed(LabelledText(1, "snow", "weather", "rain"), "weather"),
+        as_routed(LabelledText(2, "snow", "weather", "snow"), "weather"),
+        as_routed(LabelledText(3, "no task", None), "weather"),
+    ]
+    vectors = np.eye(4, dtype=np.float32)[:3]
+    found = evaluate_answers(
+        make_snapshot(tasks=[classified]), FakeLanguageModel(), decisions, vectors
+    )
+    assert (found.mean.oracle, found.mean.routed, found.mean.prompt_alone) == (1.0, 1.0, 0.5)
+    without = evaluate_answers(make_snapshot(tasks=[task]), FakeLanguageModel(), decisions, vectors)
+    assert without.mean.oracle == without.mean.prompt_alone == 0.5
+
+
 def test_the_prompts_are_those_of_the_tasks_and_no_prompt_is_none() -> None:
     model = FakeLanguageModel()
     decisions = [as_routed(LabelledText(1, "snow", "weather", "snow"), "sport")]
-    evaluate_answers(make_snapshot(), model, decisions)
+    evaluate_answers(make_snapshot(), model, decisions, no_vectors(decisions))
     prompts = [row.prompt for batch in model.batches for row in batch]
     # make_snapshot fills a task's prompt with its number; weather is 0 and sport 1.
     assert sorted(-1.0 if p is None else float(p[0, 0]) for p in prompts) == [-1.0, 0.0, 1.0]
@@ -130,16 +161,22 @@ def test_the_prompts_are_those_of_the_tasks_and_no_prompt_is_none() -> None:
 
 def test_free_text_is_cut_at_the_limit() -> None:
     decisions = [as_routed(LabelledText(1, "one two three", "story", "one two three"), "story")]
-    short = evaluate_answers(make_snapshot(), FakeLanguageModel(), decisions, 2)
+    short = evaluate_answers(
+        make_snapshot(), FakeLanguageModel(), decisions, no_vectors(decisions), 2
+    )
     assert short.mean.oracle == 0.0
-    whole = evaluate_answers(make_snapshot(), FakeLanguageModel(), decisions, 3)
+    whole = evaluate_answers(
+        make_snapshot(), FakeLanguageModel(), decisions, no_vectors(decisions), 3
+    )
     assert whole.mean.oracle == 1.0
 
 
 def test_a_row_that_is_routed_to_a_task_without_prompt_has_no_answer() -> None:
     tasks = [make_task("weather", ("sun", "rain")), without_prompt(make_task("sport", ("sun",)))]
     decisions = [as_routed(LabelledText(1, "sun", "weather", "sun"), "sport")]
-    answers = evaluate_answers(make_snapshot(tasks=tasks), FakeLanguageModel(), decisions)
+    answers = evaluate_answers(
+        make_snapshot(tasks=tasks), FakeLanguageModel(), decisions, no_vectors(decisions)
+    )
     assert (answers.mean.routed, answers.mean.oracle) == (0.0, 1.0)
 
 
@@ -147,7 +184,9 @@ def test_a_row_whose_own_task_has_no_prompt_is_an_error() -> None:
     tasks = [without_prompt(make_task("sport", ("sun",)))]
     decisions = [as_routed(LabelledText(1, "sun", "sport", "sun"), "sport")]
     with pytest.raises(NoPromptError, match="sport"):
-        evaluate_answers(make_snapshot(tasks=tasks), FakeLanguageModel(), decisions)
+        evaluate_answers(
+            make_snapshot(tasks=tasks), FakeLanguageModel(), decisions, no_vectors(decisions)
+        )
 
 
 # ---- rows
@@ -307,7 +346,9 @@ def test_more_orders_than_there_are_are_refused() -> None:
 def test_a_task_s_answers_are_scored_by_its_metric_and_rows_by_being_right() -> None:
     # The fake model writes the text's words: half of them are in the output.
     decisions = [as_routed(LabelledText(1, "one two", "story", "one three"), "story")]
-    answers = evaluate_answers(make_snapshot(), FakeLanguageModel(), decisions, metric="rouge-l")
+    answers = evaluate_answers(
+        make_snapshot(), FakeLanguageModel(), decisions, no_vectors(decisions), metric="rouge-l"
+    )
     assert answers.per_task["story"].metric == "rouge-l"
     assert answers.per_task["story"].oracle == answers.mean.oracle == pytest.approx(0.5)
     assert answers.over_rows.oracle == 0.0

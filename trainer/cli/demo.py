@@ -155,6 +155,10 @@ def _print_accuracy(result: DemoResult) -> None:
     )
     out.print(f"routing by TF-IDF + logistic regression, same rows: {result.tfidf_routing:.1%}")
     out.print(f"answers of the base model with no prompt: {result.no_prompt:.1%}")
+    out.print(
+        "answers under the oracle's prompt alone, with no label classifier beside it: "
+        f"{result.prompt_alone:.1%}"
+    )
 
 
 def _print_out_of_scope(result: DemoResult) -> None:

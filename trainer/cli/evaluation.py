@@ -172,7 +172,13 @@ def answers(
             embeddings = embed_texts(loaded, [row.text for row in rows], progress)
             decisions = decide(snapshot, rows, embeddings)
             evaluation = evaluate_answers(
-                snapshot, model, decisions, max_output_tokens, progress, metric
+                snapshot,
+                model,
+                decisions,
+                embeddings.vectors,
+                max_output_tokens,
+                progress,
+                metric,
             )
         _deliver(answers_report(evaluation, decisions, data.name), report, as_json, with_text)
 

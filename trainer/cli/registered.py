@@ -50,7 +50,7 @@ def print_registered(result: Registered) -> None:
         print_table(
             [
                 *("task", "revision", "rows", "metric"),
-                *("prompt", "majority", "instruction", "no prompt"),
+                *("prompt", "majority", "instruction", "no prompt", "classifier"),
             ],
             [_scores(record) for record in result.records],
             title=f"published catalog revision {result.published.revision}",
@@ -86,4 +86,5 @@ def _scores(record: TaskRecord) -> list[object]:
     columns = ("prompt", "majority", "instruction", "no_prompt")
     shown = [f"{scores[column]:.1%}" if column in scores else "-" for column in columns]
     metric = record.prompt.metric if record.prompt else "-"
-    return [record.name, record.revision, record.data.rows, metric, *shown]
+    classifier = f"{record.classifier.accuracy:.1%}" if record.classifier else "-"
+    return [record.name, record.revision, record.data.rows, metric, *shown, classifier]

@@ -83,6 +83,13 @@ def register(
     no_prompt: Annotated[
         bool, typer.Option("--no-prompt", help="Register for routing only; outputs are not read.")
     ] = False,
+    no_classifier: Annotated[
+        bool,
+        typer.Option(
+            "--no-classifier",
+            help="Answer by the soft prompt alone, with no label classifier beside it.",
+        ),
+    ] = False,
     free_text: Annotated[
         bool, typer.Option("--free-text", help="Outputs are text to generate, not a closed set.")
     ] = False,
@@ -199,6 +206,7 @@ def register(
                     instruction=instruction,
                     fields=Fields(input_field, output_field, context_field),
                     with_prompt=not no_prompt,
+                    with_classifier=not no_classifier,
                     free_text=free_text,
                     drop_duplicates=drop_duplicates,
                     revise=revise,

@@ -1,0 +1,214 @@
+"""The label classifier: what it learns, when there is none, and how it is stored and served."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import trainer.register
+from router.interfaces import FloatArray
+from router.label_classifier import LabelClassifier, LabelEvidence
+from router.loading import ServedModels, SnapshotLoader, read_classifier
+from router.tasks import TaskRecord
+from tests.catalogs import (
+    DIMENSION,
+    PlaceEncoder,
+    new_record,
+    new_workshop,
+    place_background,
+    prompt_values,
+)
+from tests.fakes import FakeEncoder, FakeLanguageModel, FixedLive, make_router, make_snapshot
+from tests.fakes import make_task as make_fake_task
+from trainer.commands import RegisterTask
+from trainer.label_classifier import MAX_ROWS, PROMPT_WEIGHT, fit_classifier
+from trainer.register import register
+from trainer.tuned_prompt import TunedPrompt
+from trainer.tuning_settings import TuningSettings
+from trainer.workshop import Workshop
+
+LABELS = ("a", "b", "c")
+
+
+def clouds(
+    rows: int, labels: int, *, seed: int = 0, distance: float = 1.0
+) -> tuple[FloatArray, list[str]]:
+    """Unit vectors `[N, 16]` around one centre a label, and the labels in turn."""
+    random = np.random.default_rng(seed)
+    truth = np.arange(rows) % labels
+    vectors = random.normal(size=(rows, 16)) * 0.3
+    vectors[np.arange(rows), truth] += distance
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors.astype(np.float32), [LABELS[label] for label in truth]
+
+
+@pytest.mark.parametrize("labels", [2, 3])
+def test_labels_that_embeddings_tell_apart_are_learned(labels: int) -> None:
+    vectors, outputs = clouds(60, labels)
+    fitted = fit_classifier(vectors, outputs, LABELS[:labels])
+    assert fitted is not None
+    assert fitted.rows.shape == (labels, 17)
+    assert fitted.rows.dtype == np.float32
+    assert fitted.accuracy > 0.9
+    classifier = LabelClassifier(fitted.rows, PROMPT_WEIGHT)
+    fresh, expected = clouds(60, labels, seed=1)
+    nothing = np.zeros(labels, np.float32)
+    found = [LABELS[classifier.evidence(vector).best(nothing)] for vector in fresh]
+    assert np.mean([a == b for a, b in zip(found, expected, strict=True)]) > 0.9
+
+
+def test_embeddings_that_say_nothing_of_the_labels_hardly_count() -> None:
+    spreads = []
+    for seed in range(8):
+        vectors, outputs = clouds(200, 2, seed=seed, distance=0.0)
+        fitted = fit_classifier(vectors, outputs, LABELS[:2])
+        scores = np.zeros((len(vectors), 2)) if fitted is None else vectors @ fitted.rows[:, :-1].T
+        spreads.append(float((scores[:, 1] - scores[:, 0]).std()))
+    told, outputs = clouds(200, 2)
+    fitted = fit_classifier(told, outputs, LABELS[:2])
+    assert fitted is not None
+    apart = told @ fitted.rows[:, :-1].T
+    assert np.mean(spreads) < 0.5 < 4.0 < float((apart[:, 1] - apart[:, 0]).std())
+
+
+def test_a_label_that_cannot_be_held_out_leaves_no_classifier() -> None:
+    vectors, _ = clouds(31, 3)
+    assert fit_classifier(vectors, ["c", *["a", "b"] * 15], LABELS) is None
+    assert fit_classifier(vectors, ["c", "c", *["a"] * 15, *["b"] * 14], LABELS) is not None
+
+
+def test_of_many_rows_some_of_all_parts_of_the_file_are_fitted() -> None:
+    # Sorted by label, as files often are.
+    vectors, outputs = clouds(3 * MAX_ROWS, 3)
+    order = np.argsort(outputs, kind="stable")
+    fitted = fit_classifier(vectors[order], [outputs[i] for i in order], LABELS)
+    assert fitted is not None
+    assert fitted.accuracy > 0.9
+
+
+def test_the_prompt_and_the_embedding_decide_together() -> None:
+    evidence = LabelEvidence(np.array([0.0, 1.0], np.float32), prompt_weight=0.5)
+    assert evidence.best(np.array([0.0, 0.0], np.float32)) == 1
+    assert evidence.best(np.array([-1.0, -2.5], np.float32)) == 1
+    assert evidence.best(np.array([-1.0, -3.5], np.float32)) == 0
+
+
+# In the catalog
+
+
+@pytest.fixture
+def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workshop]:
+    """A workshop in which every prompt is tuned at once."""
+    monkeypatch.setattr(
+        trainer.register, "tune", lambda _model, jobs, *_: {job.name: tuned(job) for job in jobs}
+    )
+    with new_workshop(tmp_path / "home") as workshop:
+        yield workshop
+
+
+def tuned(job: object) -> TunedPrompt:
+    return TunedPrompt(
+        name=job.name,  # type: ignore[attr-defined]
+        values=prompt_values(job.name),  # type: ignore[attr-defined]
+        scores={"prompt": 0.9, "majority": 0.5, "instruction": 0.6, "no_prompt": 0.3},
+        validation_loss=0.5,
+        instruction_loss=0.7,
+        losses=(1.0, 0.5),
+        steps=2,
+        seconds=1.0,
+    )
+
+
+def two_labels(folder: Path) -> Path:
+    """Rows of two places, each with an output of its own."""
+    path = folder / "rows.jsonl"
+    rows = [
+        f'{{"input": "{place} {n}", "output": "{output}"}}\n'
+        for n in range(20)
+        for place, output in (("up", "yes"), ("down", "no"))
+    ]
+    path.write_text("".join(rows), encoding="utf-8")
+    return path
+
+
+def registered(workshop: Workshop, data: Path, **options: bool) -> TaskRecord:
+    request = RegisterTask("places", data, **options)  # type: ignore[arg-type]
+    [record] = register(workshop, [request], FakeLanguageModel(), TuningSettings()).records
+    return record
+
+
+def load(workshop: Workshop) -> SnapshotLoader:
+    models = ServedModels(
+        PlaceEncoder.fingerprint, DIMENSION, place_background(), FakeLanguageModel.fingerprint
+    )
+    return SnapshotLoader(workshop.home, models)
+
+
+def test_a_task_with_labels_gets_a_classifier_that_is_served(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    record = registered(workshop, two_labels(tmp_path))
+    assert record.classifier is not None
+    assert record.classifier.accuracy == 1.0
+    assert record.classifier.prompt_weight == PROMPT_WEIGHT
+    assert TaskRecord.from_json(record.to_json()) == record
+    classifier = load(workshop).load(workshop.catalog, 1, None).task("places").classifier
+    assert classifier is not None
+    vectors = workshop.encoder.encode(["up 99", "down 99"]).vectors
+    nothing = np.zeros(2, np.float32)
+    labels = [(record.outputs or ())[classifier.evidence(v).best(nothing)] for v in vectors]
+    assert labels == ["yes", "no"]
+
+
+def test_free_text_and_those_who_want_none_get_none(workshop: Workshop, tmp_path: Path) -> None:
+    data = two_labels(tmp_path)
+    record = registered(workshop, data, with_classifier=False)
+    assert record.classifier is None
+    assert "classifier" not in record.to_json()
+    assert registered(workshop, data, revise=True, free_text=True).classifier is None
+
+
+def test_a_damaged_classifier_takes_its_task_out_of_service(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    record = registered(workshop, two_labels(tmp_path))
+    workshop.publish("register", records=(new_record(workshop, "other"),), live={"other": 1})
+    assert record.classifier is not None
+    path = workshop.artifacts.path(record.classifier.sha256)
+    path.chmod(0o600)
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    snapshot = load(workshop).load(workshop.catalog, 2, None)
+    assert "artifact" in snapshot.task("places").problem
+    assert snapshot.task("places").prompt is None
+    assert snapshot.task("other").problem == ""
+
+
+def test_a_classifier_of_other_labels_is_refused(workshop: Workshop, tmp_path: Path) -> None:
+    record = registered(workshop, two_labels(tmp_path))
+    more = replace(record, outputs=("no", "yes", "perhaps"))
+    with pytest.raises(trainer.register.PromptyardError, match="2 labels"):
+        read_classifier(workshop.artifacts, more)
+
+
+# Serving
+
+
+@pytest.mark.parametrize("task", ["", "weather"])
+async def test_an_answer_is_by_the_prompt_and_the_classifier(task: str) -> None:
+    encoder = FakeEncoder()
+    word = encoder.encode(["hail"]).vectors[0]
+    rows = np.zeros((3, len(word) + 1), np.float32)
+    rows[1, :-1] = 100 * word  # whoever writes of hail means rain
+    weather = make_fake_task("weather", ("sun", "rain", "snow"))
+    live = FixedLive(make_snapshot(tasks=[replace(weather, classifier=LabelClassifier(rows, 0.3))]))
+    router = make_router(encoder, FakeLanguageModel(), live)
+    answers = []
+    for text in ("weather snow", "weather snow hail"):
+        [_, answer, _] = [event async for event in router.generate(text, task=task)]
+        answers.append(answer)
+    router.close()
+    assert answers == ["snow", "rain"]
