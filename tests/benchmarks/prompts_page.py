@@ -43,7 +43,7 @@ def page(measurements: Sequence[Mapping[str, Any]], parts: Sequence[str]) -> str
     measured = defaultdict(lambda: defaultdict(list))
     for each in measurements:
         if each["records"]:
-            measured[each["part"]][each["environment"]["device"]].append(each)
+            measured[each["part"]][_setting(each)].append(each)
     missing = [part for part in parts if part not in measured]
     title, text = WORDS["all"]
     lines = [f"# {title}", "", paragraph(text), ""]
@@ -54,8 +54,8 @@ def page(measurements: Sequence[Mapping[str, Any]], parts: Sequence[str]) -> str
         lines += [f"## {title}", "", paragraph(f"Part `{part}`. {text}"), ""]
         if part in missing:
             lines += ["Not measured yet.", ""]
-        for device, runs in measured[part].items():
-            lines += [f"On {device}:", "", *markdown(TABLES[part](_records(runs))), ""]
+        for setting, runs in measured[part].items():
+            lines += [paragraph(f"{setting}:"), "", *markdown(TABLES[part](_records(runs))), ""]
             lines += [*_how(runs), ""]
     return "\n".join(lines)
 
@@ -76,26 +76,30 @@ def _records(runs: Records) -> Records:
 
 
 def _how(runs: Records) -> list[str]:
-    """Settings, commands and versions of the runs of a part on one device."""
+    """Versions and commands of the runs of a part in one setting."""
     first = runs[0]
     versions = ", ".join(
         f"{name} {value}" for name, value in first["environment"].items() if name != "device"
     )
-    lines = [paragraph(f"{_sizes(first)}; {versions}. Repeat with:"), ""]
+    lines = [paragraph(f"{versions}. Repeat with:"), ""]
     lines += ["```", *dict.fromkeys(str(run["command"]) for run in runs), "```"]
     if not all(run["complete"] for run in runs):
         lines += ["", "Cut short: some figures are of fewer repeats, seeds or tasks."]
     return lines
 
 
+def _setting(run: Mapping[str, Any]) -> str:
+    """Where and with how much of everything a part was run; what differs there is not mixed."""
+    return f"{run['environment']['device']}, {_sizes(run)}"
+
+
 def _sizes(run: Mapping[str, Any]) -> str:
-    """How much of everything the part of a run took."""
     told = run["settings"]
     if run["part"] == "serving-speed":
-        return f"{told['serving_rows']} rows, answers of at most {told['new_tokens']} tokens"
+        return f"{told['serving_rows']} rows of {len(told['tasks'])} tasks, answers of at most {told['new_tokens']} tokens"
     steps = f"{told['steps']} steps of {told['rows_per_step']} rows a task"
     if run["part"] in ("tuning-speed", "costs"):
-        return f"{steps}, {told['repeats']} repeats"
+        return f"{len(told['tasks'])} tasks, {steps}, {told['repeats']} repeats"
     tried = f"the best of {told['rates']} learning rates with {told['validations']} checks each"
     rows = f"at most {told['dev_rows']} dev and {told['test_rows']} test rows"
     precision = "bfloat16 (autocast)" if told["bf16"] else "float32"
@@ -192,7 +196,7 @@ def accuracy(records: Records) -> Table:
     names = list(dict.fromkeys(record["task"] for record in records))
     names = [name for name in names if all(_has(seeds, name) for seeds in found.values())]
     full = _mean(found["full"]).middle if found.get("full") else None
-    table = [["method", "mean (over seeds)", "of full fine-tuning", "seeds", *names]]
+    table = [["method", "mean (over seeds)", "of full fine-tuning's", "seeds", *names]]
     for method, seeds in found.items():
         if not seeds:
             continue

@@ -47,7 +47,7 @@ def tuning_speed(bench: Bench) -> Iterator[Record]:
         "PEFT": lambda told: tune_one_after_the_other(model, jobs, starts, told),
     }
     for side in sides.values():
-        side(replace(settings, steps=2))  # kernels are chosen and memory is taken here
+        side(replace(settings, steps=1))  # kernels are chosen and memory is taken here
     for repeat in range(bench.options.repeats):
         for name, side in sides.items():
             found: Losses = {}
@@ -80,8 +80,7 @@ def text_start(model: TorchLanguageModel, job: TuningJob, length: int) -> FloatA
 def serving_speed(bench: Bench) -> Iterator[Record]:
     """Seconds for a batch whose rows have different prompts, by generating and by scoring.
 
-    PEFT serves it twice: rows of a prompt together, which is the best it can do, and each row by
-    itself, as requests come.
+    PEFT serves it twice: rows of a prompt together, and each row by itself, as requests come.
     """
     model = bench.model("auto")
     options = bench.options

@@ -36,10 +36,10 @@ WORDS: Mapping[str, tuple[str, str]] = {
     "serving-speed": (
         "Serving many prompts",
         """One batch of rows with 16 different prompts. PEFT has one adapter for each prompt and
-        switches: with the rows of a prompt in one batch, the best it can do, or row by row, as
-        requests come. `generate` writes greedy answers, `score` gives log p of one output for
-        each row; both from texts. `same results` is the share of rows for which the two agree
-        (log p: within 5 %). Medians, and the least and the most of the repeats.""",
+        switches: with the rows of a prompt in one batch (which knows all of them beforehand), or
+        row by row, as requests come. `generate` writes greedy answers, `score` gives log p of one
+        output for each row; both from texts. `same results` is the share of rows for which the
+        two agree (log p: within 5 %). Medians, and the least and the most of the repeats.""",
     ),
     "costs": (
         "What a task takes",
