@@ -11,7 +11,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fuzz lint format proto bench bench-base-model bench-calibration bench-few-shot bench-route bench-routing clean
+.PHONY: help install demo test fuzz lint format proto bench bench-base-model bench-calibration bench-few-shot bench-prompts bench-route bench-routing clean
 
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -52,7 +52,7 @@ $(BUF): $(INSTALLED)
 	npm install --prefix $(VENV)/node --no-audit --no-fund --silent @bufbuild/buf@$(BUF_VERSION)
 	@touch $@
 
-bench: bench-route bench-routing bench-calibration bench-few-shot bench-base-model  ## Run the benchmarks (PROMPTYARD_BENCH_DATA for all but the first)
+bench: bench-route bench-routing bench-calibration bench-few-shot bench-base-model bench-prompts  ## Run the benchmarks (PROMPTYARD_BENCH_DATA for all but the first)
 
 bench-route: $(INSTALLED)  ## What one Route call costs over the encoder and an empty gRPC call
 	$(BIN)/python tests/benchmarks/bench_route.py
@@ -68,6 +68,10 @@ bench-few-shot: $(INSTALLED)  ## What prompts tuned on few rows answer, by what 
 
 bench-base-model: $(INSTALLED)  ## The base model on the 15-task benchmark (needs a GPU to be quick)
 	$(BIN)/python tests/benchmarks/bench_base_model.py
+
+bench-prompts: $(INSTALLED)  ## Prompts beside PEFT, LoRA, adapters and full fine-tuning (needs a GPU to be quick; writes docs/benchmarks)
+	$(BIN)/python tests/benchmarks/bench_prompts.py --out build/bench_prompts.json
+	$(BIN)/python tests/benchmarks/bench_prompts.py --merge build/bench_prompts.json
 
 clean:  ## Remove what the targets made
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -74,13 +74,8 @@ class FullTuning:
 def main() -> int:
     """Measure, print a table, write the figures. Returns the exit status."""
     options = parse_arguments()
-    folder = os.environ.get(DATA_VARIABLE)
-    if not folder:
-        print(f"set {DATA_VARIABLE} to the folder that holds {DATA_FILE}", file=sys.stderr)
-        return 2
-    path = Path(folder) / DATA_FILE
-    if not path.is_file():
-        print(f"{path}: no such file; check {DATA_VARIABLE}", file=sys.stderr)
+    path = find_data()
+    if path is None:
         return 2
     began = time.perf_counter()
     tasks = read_tasks(path, options)
@@ -111,7 +106,7 @@ def main() -> int:
             report("full fine-tuning measured", began)
     seconds = time.perf_counter() - began
     figures = {
-        "command": f"{DATA_VARIABLE}={folder} {shlex.join(['python', *sys.argv])}",
+        "command": f"{DATA_VARIABLE}={path.parents[1]} {shlex.join(['python', *sys.argv])}",
         "base_model": {"name": model.name, "fingerprint": model.fingerprint},
         "prompt_bytes": options.length * model.hidden_size * 4,
         "settings": asdict(settings),
@@ -132,6 +127,19 @@ def main() -> int:
     print(table(accuracy, [task.job.name for task in tasks]))
     print(f"\n{figures['command']}\n{seconds:.0f} s on {device_name(model.device)}; {options.out}")
     return 0
+
+
+def find_data() -> Path | None:
+    """The file with the 15 tasks; None, with the reason on stderr, where it cannot be found."""
+    folder = os.environ.get(DATA_VARIABLE)
+    if not folder:
+        print(f"set {DATA_VARIABLE} to the folder that holds {DATA_FILE}", file=sys.stderr)
+        return None
+    path = Path(folder) / DATA_FILE
+    if not path.is_file():
+        print(f"{path}: no such file; check {DATA_VARIABLE}", file=sys.stderr)
+        return None
+    return path
 
 
 def parse_arguments() -> argparse.Namespace:
