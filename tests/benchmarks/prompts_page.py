@@ -96,7 +96,8 @@ def _setting(run: Mapping[str, Any]) -> str:
 def _sizes(run: Mapping[str, Any]) -> str:
     told = run["settings"]
     if run["part"] == "serving-speed":
-        return f"{told['serving_rows']} rows of {len(told['tasks'])} tasks, answers of at most {told['new_tokens']} tokens"
+        rows = f"{told['serving_rows']} rows of {len(told['tasks'])} tasks"
+        return f"{rows}, answers of at most {told['new_tokens']} tokens"
     steps = f"{told['steps']} steps of {told['rows_per_step']} rows a task"
     if run["part"] in ("tuning-speed", "costs"):
         return f"{len(told['tasks'])} tasks, {steps}, {told['repeats']} repeats"
