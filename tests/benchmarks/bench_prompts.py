@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import shlex
 import sys
 import time
@@ -37,6 +38,8 @@ from prompts_comparison import comparison, costs, forgetting
 from prompts_page import page
 from prompts_plan import RATES, Bench, Record
 from prompts_speed import serving_speed, tuning_speed
+
+from router.backends.language_model import fingerprint
 
 REPORTS = Path(__file__).parents[2] / "docs" / "benchmarks"
 
@@ -91,6 +94,7 @@ def run(name: str, path: Path, options: argparse.Namespace) -> Iterator[dict[str
         "part": name,
         "command": f"{DATA_VARIABLE}=DATA {shlex.join(['python', *sys.argv])}",
         "complete": False,
+        "base_model": base_model(options.model),
         "environment": environment(options),
         "settings": {
             "tasks": [task.job.name for task in bench.tasks],
@@ -114,6 +118,13 @@ _SETTINGS = (
 )
 
 
+def base_model(name_or_folder: str) -> dict[str, str]:
+    """What it is called, and its fingerprint where it is a folder."""
+    folder = Path(name_or_folder)
+    digest = {"fingerprint": fingerprint(folder)} if folder.is_dir() else {}
+    return {"name": folder.name if digest else name_or_folder, **digest}
+
+
 def environment(options: argparse.Namespace) -> dict[str, object]:
     """What it was measured on."""
     kind = options.device
@@ -134,6 +145,8 @@ def merge(files: Sequence[Path], folder: Path) -> int:
     measurements = []
     for file in files:
         measurements += json.loads(file.read_text(encoding="utf-8"))
+    for each in measurements:
+        each["command"] = re.sub(r" --out \S+", "", each["command"])
     measurements.sort(key=lambda each: list(PARTS).index(each["part"]))  # stable: in given order
     write_json(folder / "prompts.json", measurements)
     (folder / "prompts.md").write_text(page(measurements, list(PARTS)), encoding="utf-8")

@@ -72,7 +72,11 @@ def markdown(table: Table) -> list[str]:
 
 
 def _records(runs: Records) -> Records:
-    return [record for run in runs for record in run["records"]]
+    return [
+        {**record, "of_tasks": len(run["settings"]["tasks"])}
+        for run in runs
+        for record in run["records"]
+    ]
 
 
 def _how(runs: Records) -> list[str]:
@@ -90,17 +94,21 @@ def _how(runs: Records) -> list[str]:
 
 def _setting(run: Mapping[str, Any]) -> str:
     """Where and with how much of everything a part was run; what differs there is not mixed."""
-    return f"{run['environment']['device']}, {_sizes(run)}"
+    base = run.get("base_model", {})
+    digest = f" {base['fingerprint'][:12]}" if "fingerprint" in base else ""
+    name = f", base model {base['name']}{digest}" if base else ""
+    return f"{run['environment']['device']}{name}, {_sizes(run)}"
 
 
 def _sizes(run: Mapping[str, Any]) -> str:
     told = run["settings"]
+    tasks = "one task" if len(told["tasks"]) == 1 else f"{len(told['tasks'])} tasks"
     if run["part"] == "serving-speed":
-        rows = f"{told['serving_rows']} rows of {len(told['tasks'])} tasks"
+        rows = f"{told['serving_rows']} rows of {tasks}"
         return f"{rows}, answers of at most {told['new_tokens']} tokens"
     steps = f"{told['steps']} steps of {told['rows_per_step']} rows a task"
     if run["part"] in ("tuning-speed", "costs"):
-        return f"{len(told['tasks'])} tasks, {steps}, {told['repeats']} repeats"
+        return f"{tasks}, {steps}, {told['repeats']} repeats"
     tried = f"the best of {told['rates']} learning rates with {told['validations']} checks each"
     rows = f"at most {told['dev_rows']} dev and {told['test_rows']} test rows"
     precision = "bfloat16 (autocast)" if told["bf16"] else "float32"
@@ -222,14 +230,16 @@ def forgetting(records: Records) -> Table:
     """The first task right after it was learned and at the end, and the mean change of all."""
     table = [["method", "first task, then", "first task, at the end", "change", "BWT", "seeds"]]
     for (method,), rows in _by(records, "method").items():
-        last = max(row["place"] for row in rows)
         first = [row for row in rows if row["place"] == 0]
+        whole = [seed for seed in _by(rows, "seed").values() if len(seed) == seed[0]["of_tasks"]]
         then, end = ([row[key] for row in first] for key in ("then", "at_the_end"))
         changes = [
             statistics.fmean(
-                row["at_the_end"] - row["then"] for row in of_seed if row["place"] < last
+                row["at_the_end"] - row["then"]
+                for row in of_seed
+                if row["place"] < row["of_tasks"] - 1
             )
-            for of_seed in _by(rows, "seed").values()
+            for of_seed in whole
         ]
         table.append(
             [
@@ -237,7 +247,7 @@ def forgetting(records: Records) -> Table:
                 Spread.of(then, statistics.fmean).text(".3f"),
                 Spread.of(end, statistics.fmean).text(".3f"),
                 f"{statistics.fmean(end) - statistics.fmean(then):+.3f}",
-                Spread.of(changes, statistics.fmean).text("+.3f"),
+                Spread.of(changes, statistics.fmean).text("+.3f") if changes else "cut short",
                 str(len(first)),
             ]
         )
