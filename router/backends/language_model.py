@@ -51,7 +51,8 @@ def load_language_model(
 
     `device` is `auto` (a GPU if there is one), `cpu`, `cuda`, ...; `precision` `auto` is float32 on
     a CPU, whatever the file holds, and bfloat16 on a GPU. `threads` sets torch's threads for the
-    whole process; None leaves them. Only safetensors are read: other formats can run code.
+    whole process; None leaves them. On a GPU cuDNN's attention is switched off, also for the whole
+    process. Only safetensors are read: other formats can run code.
 
     Raises:
         InvalidInputError: no such folder or hub name, or no files that can be read.
@@ -61,6 +62,10 @@ def load_language_model(
         torch.set_num_threads(threads)
     folder = _folder(str(name_or_folder))
     target = _device(device)
+    if target.type == "cuda":
+        # cuDNN's attention builds a plan for every shape of a batch that it has not met, which can
+        # take up to a second (torch 2.11), and rows of any length make new shapes all the time.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
