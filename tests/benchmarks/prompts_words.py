@@ -29,7 +29,8 @@ WORDS: Mapping[str, tuple[str, str]] = {
         order), start, optimiser and schedule; precision is what Promptyard chooses on the device.
         PEFT learns to write the right output; Promptyard's
         own loss also compares the labels of a task, which is more work, so that it is measured
-        with PEFT's loss as well: the losses at the end must then be the same but for rounding.
+        with PEFT's loss as well: the losses at the end must then be the same but for rounding
+        (bfloat16's makes a percent or two).
         Promptyard validates on one row a task, PEFT not at all. Medians, and the least and the
         most of the repeats.""",
     ),
