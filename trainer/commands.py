@@ -27,6 +27,8 @@ class RegisterTask:
     another; it is the reason, and is recorded. `prompt_from` is a folder of PEFT whose prompt is
     taken instead of tuning one. `metric` is what answers are scored by (`trainer.answer_metrics`);
     empty: what suits the outputs. `template` is stored with the task (`router.templates`).
+    `challenger` is a share (`10%`) or `shadow`, with `revise`: the next revision is tried beside
+    the current one (`router.challengers`).
     """
 
     name: str
@@ -42,6 +44,7 @@ class RegisterTask:
     prompt_from: Path | None = None
     metric: str = ""
     template: str = ""
+    challenger: str = ""
 
 
 @dataclass(frozen=True, slots=True)
