@@ -1,13 +1,15 @@
 """The catalog: an append-only record of tasks in SQLite. This side only reads.
 
-Three tables, all append-only (triggers refuse UPDATE and DELETE):
+Four tables, all append-only (triggers refuse UPDATE and DELETE):
 
     task_records       one immutable record per task revision
     catalog_revisions  one row per publish: what was done, and the compiled head
     task_events        which revision of a task is live from a catalog revision on (NULL: retired)
+    challengers        the challengers of a catalog revision, each with its compiled head
 
 What is live at catalog revision R is each task's latest event up to R, so a revision costs one row
-per task that changed, not one per task. The journal mode is DELETE: a reader then needs no write
+per task that changed, not one per task. Challengers are few, and listed anew for every revision,
+as each of their heads belongs to one. The journal mode is DELETE: a reader then needs no write
 permission, unlike in WAL mode, so that a catalog on a read-only mount can be served.
 """
 
@@ -21,13 +23,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from router.challengers import Challenge
 from router.errors import CatalogError, CorruptArtifactError, TaskNotFoundError
 from router.tasks import Policy, TaskKey, TaskRecord
 
 CATALOG_FILE = "catalog.sqlite3"
 ARTIFACTS_FOLDER = "artifacts"
 HEADS_FOLDER = "heads"
-SCHEMA_VERSION = 1
+# 1: without the table of challengers. A catalog of it is read as one that has none.
+SCHEMA_VERSION = 2
 
 _BUSY_SECONDS = 10.0
 
@@ -53,6 +57,14 @@ class CatalogRevision:
     encoder: str
     policy: Policy
     report: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredChallenger:
+    """A challenger, and the digest of the head in which it stands in for the current revision."""
+
+    challenge: Challenge
+    head_sha256: str
 
 
 class CatalogReader:
@@ -123,6 +135,19 @@ class CatalogReader:
         with self._reading() as connection:
             rows = connection.execute(_LIVE, {"revision": revision}).fetchall()
         return [TaskKey(*row) for row in rows]
+
+    def challengers(self, revision: int) -> list[StoredChallenger]:
+        """The challengers at `revision`, by task."""
+        with self._reading() as connection:
+            # Asked every time: a writer may bring the catalog up to date while it is being read.
+            if schema_version(connection) < SCHEMA_VERSION:
+                return []
+            rows = connection.execute(
+                "SELECT task, task_revision, share, head_sha256 FROM challengers"
+                " WHERE catalog_revision = ? ORDER BY task",
+                (revision,),
+            ).fetchall()
+        return [StoredChallenger(Challenge(*about), head) for *about, head in rows]
 
     def record(self, key: TaskKey) -> TaskRecord:
         """The record of a task at one of its revisions.

@@ -102,6 +102,8 @@ class RouterClient:
     """Calls a Promptyard server. Thread-safe; close it, or use it in a `with`.
 
     `on_unknown` says which task is used for a text that fits none; None: as the catalog says.
+    `request_key` says whose request it is: where a challenger shares the texts of a task, all
+    requests of one key are answered by the same revision, those without one by the current one.
 
     Every method may raise RouterError.
     """
@@ -144,32 +146,53 @@ class RouterClient:
         self._channel.close()
 
     def route(
-        self, text: str, top_k: int = 0, *, on_unknown: RejectionPolicy | None = None
+        self,
+        text: str,
+        top_k: int = 0,
+        *,
+        on_unknown: RejectionPolicy | None = None,
+        request_key: str = "",
     ) -> Decision:
         """The decision on one text."""
         policy = rejection_message(on_unknown)
-        request = messages.RouteRequest(text=text, top_k=top_k, on_unknown=policy)
+        request = messages.RouteRequest(
+            text=text, top_k=top_k, on_unknown=policy, request_key=request_key
+        )
         with _router_errors():
             return decision_value(
                 self._router.Route(request, timeout=self._timeout, metadata=self._metadata).decision
             )
 
     def explain(
-        self, text: str, top_k: int = 0, *, on_unknown: RejectionPolicy | None = None
+        self,
+        text: str,
+        top_k: int = 0,
+        *,
+        on_unknown: RejectionPolicy | None = None,
+        request_key: str = "",
     ) -> tuple[Decision, Explanation]:
         """The decision on one text, and why it is what it is."""
         policy = rejection_message(on_unknown)
-        request = messages.RouteRequest(text=text, top_k=top_k, on_unknown=policy, explain=True)
+        request = messages.RouteRequest(
+            text=text, top_k=top_k, on_unknown=policy, explain=True, request_key=request_key
+        )
         with _router_errors():
             response = self._router.Route(request, timeout=self._timeout, metadata=self._metadata)
         return decision_value(response.decision), explanation_value(response.explanation)
 
     def batch_route(
-        self, texts: Sequence[str], top_k: int = 0, *, on_unknown: RejectionPolicy | None = None
+        self,
+        texts: Sequence[str],
+        top_k: int = 0,
+        *,
+        on_unknown: RejectionPolicy | None = None,
+        request_key: str = "",
     ) -> list[Decision]:
         """One decision per text, all at one catalog revision."""
         policy = rejection_message(on_unknown)
-        request = messages.BatchRouteRequest(texts=texts, top_k=top_k, on_unknown=policy)
+        request = messages.BatchRouteRequest(
+            texts=texts, top_k=top_k, on_unknown=policy, request_key=request_key
+        )
         with _router_errors():
             response = self._router.BatchRoute(
                 request, timeout=self._timeout, metadata=self._metadata
@@ -177,12 +200,20 @@ class RouterClient:
         return [decision_value(decision) for decision in response.decisions]
 
     def stream_route(
-        self, texts: Iterable[str], top_k: int = 0, *, on_unknown: RejectionPolicy | None = None
+        self,
+        texts: Iterable[str],
+        top_k: int = 0,
+        *,
+        on_unknown: RejectionPolicy | None = None,
+        request_key: str = "",
     ) -> Iterator[Decision | RouterError]:
         """One result per text, in order. A bad text gives its error as the result, unraised."""
         policy = rejection_message(on_unknown)
         requests = (
-            messages.StreamRouteRequest(text=text, top_k=top_k, on_unknown=policy) for text in texts
+            messages.StreamRouteRequest(
+                text=text, top_k=top_k, on_unknown=policy, request_key=request_key
+            )
+            for text in texts
         )
         with _reading(
             self._router.StreamRoute(
@@ -205,6 +236,7 @@ class RouterClient:
         max_output_tokens: int = 0,
         top_k: int = 0,
         on_unknown: RejectionPolicy | None = None,
+        request_key: str = "",
     ) -> Iterator[AnswerEvent]:
         """The decision, pieces of the answer, then a summary. Closing the iterator cancels."""
         request = messages.GenerateRequest(
@@ -214,6 +246,7 @@ class RouterClient:
             max_output_tokens=max_output_tokens,
             top_k=top_k,
             on_unknown=rejection_message(on_unknown),
+            request_key=request_key,
         )
         with _reading(
             self._router.Generate(request, timeout=self._stream_timeout, metadata=self._metadata)
@@ -221,14 +254,17 @@ class RouterClient:
             for response in responses:
                 yield answer_value(response)
 
-    def get_soft_prompt(self, task: str) -> SoftPrompt:
-        """The task's soft prompt `[P, W]`, its bytes checked against the digest."""
+    def get_soft_prompt(self, task: str, revision: int = 0) -> SoftPrompt:
+        """The task's soft prompt `[P, W]`, its bytes checked against the digest.
+
+        `revision` is the task's: the current one (0), or that of its challenger.
+        """
         import numpy as np
 
         with _router_errors():
             parts = list(
                 self._router.GetSoftPrompt(
-                    messages.GetSoftPromptRequest(task=task),
+                    messages.GetSoftPromptRequest(task=task, revision=revision),
                     timeout=self._timeout,
                     metadata=self._metadata,
                 )

@@ -50,6 +50,30 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class Side:
+    """Which of two revisions of a task decided: the current one, or its challenger."""
+
+    current: TaskKey
+    challenger: TaskKey
+    by_challenger: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ShadowDecision:
+    """What a shadow decided on the text, and whether by outcome or task it differs.
+
+    `challenger` is the revision that would take the place of the current one. What it is compared
+    with is the current revision's decision.
+    """
+
+    challenger: TaskKey
+    outcome: Outcome
+    task: TaskKey | None
+    score: float
+    differs: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Decision:
     """The verdict on one text at one catalog revision.
 
@@ -58,6 +82,8 @@ class Decision:
     under, for the reason `use`: `task`, unless a rejection policy names one for an unknown input.
     `probability` is that of the best candidate to be right, if the text belongs to a task at all;
     None where the head knows none: it has a single task, or is of an older version.
+    `side` says which revision decided, of a task whose challenger shares its texts; None where the
+    text is in no such split. `shadows` are what shadows of the text's task decided.
     """
 
     outcome: Outcome
@@ -71,6 +97,8 @@ class Decision:
     used: TaskKey | None = None
     use: Use = Use.ABSTAINED
     probability: float | None = None
+    side: Side | None = None
+    shadows: tuple[ShadowDecision, ...] = ()
 
 
 class Calibration(Protocol):

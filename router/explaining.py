@@ -32,6 +32,8 @@ MOST_EXPLAINED = 10
 _EXAMPLES = 3
 # One is worked on at a time; more than these would wait for longer than their callers do.
 _MOST_WAITING = 8
+# Heads whose fitted terms are remembered: a challenger's is explained in turn with the current one.
+_REMEMBERED = 2
 # Terms are fitted again to all rows, once a revision: to so many in a few seconds on one core.
 MOST_ROWS_FOR_TERMS = 25_000
 
@@ -56,7 +58,7 @@ class Explainer:
         self._most_rows_for_terms = most_rows_for_terms
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="explaining")
         self._unfinished = 0
-        self._fitted: tuple[Head, ScoreTerms | None, str] | None = None
+        self._fitted: tuple[tuple[Head, ScoreTerms | None, str], ...] = ()
 
     async def explain(
         self, snapshot: Snapshot, encoder: Encoder, text: str, decision: Decision
@@ -121,10 +123,13 @@ class Explainer:
         return tuple(StoredExample(int(row), float(similar[row])) for row in nearest)
 
     def _terms(self, snapshot: Snapshot) -> tuple[ScoreTerms | None, str]:
-        """The terms of the snapshot's scores, or None and why; remembered for one revision."""
-        if self._fitted is None or self._fitted[0] is not snapshot.head:
-            self._fitted = (snapshot.head, *self._fit_terms(snapshot))
-        return self._fitted[1:]
+        """The terms of the snapshot's scores, or None and why; remembered for the last heads."""
+        for fitted in self._fitted:
+            if fitted[0] is snapshot.head:
+                return fitted[1:]
+        terms, note = self._fit_terms(snapshot)
+        self._fitted = (*self._fitted, (snapshot.head, terms, note))[-_REMEMBERED:]
+        return terms, note
 
     def _fit_terms(self, snapshot: Snapshot) -> tuple[ScoreTerms | None, str]:
         if not snapshot.head.tasks:

@@ -10,11 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router.decision import Decision
-from router.tasks import PromptMethod
+from router.tasks import PromptMethod, TaskKey
 
 FloatArray = NDArray[np.float32]
 
 FinishReason = Literal["stop", "length", "label", "cancelled"]
+
+# Who decided, of a task that has a challenger. `no_key`: the current revision, as the request had
+# no key by which to choose.
+ComparedSide = Literal["current", "challenger", "shadow", "no_key"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,3 +155,9 @@ class Observer(Protocol):
 
     def decided(self, decision: Decision) -> None:
         """A text was routed."""
+
+    def compared(self, side: ComparedSide, revision: TaskKey, decision: Decision) -> None:
+        """One side of a challenge decided on a text: `revision`, of the task that is challenged."""
+
+    def shadow_differed(self, challenger: TaskKey) -> None:
+        """The outcome or the task of a shadow's decision was not that of the current revision's."""

@@ -9,6 +9,7 @@ from router.errors import InvalidInputError
 
 # What a string field costs beside its bytes: a tag and a length.
 _FIELD_BYTES = 8
+MAX_REQUEST_KEY_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,8 @@ class Limits:
     @property
     def max_request_bytes(self) -> int:
         """The largest message that can hold a request within the other limits."""
-        return (self.max_batch_texts + 1) * (self.max_text_bytes + _FIELD_BYTES)
+        texts = (self.max_batch_texts + 1) * (self.max_text_bytes + _FIELD_BYTES)
+        return texts + MAX_REQUEST_KEY_BYTES + _FIELD_BYTES
 
     def check_text(self, text: str, field: str = "text") -> None:
         """Raises InvalidInputError: empty, over-long, a NUL, or half of a surrogate pair."""
@@ -59,6 +61,23 @@ class Limits:
         """Raises InvalidInputError: negative or over the limit."""
         if not 0 <= top_k <= self.max_top_k:
             raise InvalidInputError("top_k", top_k, f"send 0 (none) to {self.max_top_k}")
+
+    def check_request_key(self, key: str) -> None:
+        """Raises InvalidInputError: over-long, or half of a surrogate pair. Empty is no key."""
+        try:
+            size = len(key.encode())
+        except UnicodeEncodeError as error:
+            raise InvalidInputError(
+                "request_key",
+                f"a lone surrogate at character {error.start}",
+                "send well-formed Unicode",
+            ) from None
+        if size > MAX_REQUEST_KEY_BYTES:
+            raise InvalidInputError(
+                "request_key",
+                f"{size} bytes",
+                f"send at most {MAX_REQUEST_KEY_BYTES} bytes of UTF-8, such as a digest",
+            )
 
     def check_context(self, context: Sequence[str], text: str) -> None:
         """Raises InvalidInputError: too many passages, a bad one, or too long with the text."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -12,15 +12,27 @@ import structlog
 from numpy.typing import NDArray
 
 from router.artifacts import ArtifactReader
-from router.catalog import ARTIFACTS_FOLDER, HEADS_FOLDER, CatalogReader, CatalogRevision
+from router.catalog import (
+    ARTIFACTS_FOLDER,
+    HEADS_FOLDER,
+    CatalogReader,
+    CatalogRevision,
+    StoredChallenger,
+)
+from router.challengers import Challenge
 from router.compiling import compile_head
-from router.errors import CorruptArtifactError, IncompatibleModelError, PromptyardError
+from router.errors import (
+    CorruptArtifactError,
+    IncompatibleModelError,
+    PromptyardError,
+    TaskOutOfServiceError,
+)
 from router.fitting import Background
 from router.head import Head, empty_head
 from router.interfaces import FloatArray
 from router.label_classifier import LabelClassifier
 from router.rejection import RejectionPolicy
-from router.snapshot import Snapshot
+from router.snapshot import Challenger, Snapshot
 from router.statistics import PooledMoments, TaskStatistics
 from router.tasks import PromptMethod, ServedTask, SoftPrompt, TaskKey, TaskRecord
 
@@ -59,7 +71,8 @@ class SnapshotLoader:
     def load(self, catalog: CatalogReader, revision: int, previous: Snapshot | None) -> Snapshot:
         """The snapshot of `revision`. Tasks that did not change are taken over from `previous`.
 
-        A task whose prompt cannot be loaded is served without it, with the problem noted.
+        A task whose prompt cannot be loaded is served without it, with the problem noted; a
+        challenger of which anything cannot be loaded is not served at all, with the problem noted.
 
         Raises:
             IncompatibleModelError: the revision was made for another encoder.
@@ -73,7 +86,54 @@ class SnapshotLoader:
         known = previous.tasks if previous is not None else {}
         tasks = {key.name: self._task(catalog, key, known) for key in live}
         rejection = RejectionPolicy.parse(about.policy.on_unknown, f"policy of revision {revision}")
-        return Snapshot.build(revision, self._head(catalog, about, live), tasks, rejection)
+        head = self._head(catalog, about, about.head_sha256, live)
+        challengers, broken = self._challengers(catalog, about, tasks, rejection, previous)
+        return Snapshot.build(revision, head, tasks, rejection, challengers, broken)
+
+    def _challengers(
+        self,
+        catalog: CatalogReader,
+        about: CatalogRevision,
+        tasks: Mapping[str, ServedTask],
+        rejection: RejectionPolicy,
+        previous: Snapshot | None,
+    ) -> tuple[dict[str, Challenger], dict[Challenge, str]]:
+        """The challengers that can be served, and what is wrong with the others."""
+        known = {}
+        if previous is not None:
+            known = {name: each.snapshot.task(name) for name, each in previous.challengers.items()}
+        found, broken = {}, {}
+        for stored in catalog.challengers(about.revision):
+            challenge = stored.challenge
+            try:
+                snapshot = self._stand_in(catalog, about, stored, tasks, rejection, known)
+            except PromptyardError as error:
+                broken[challenge] = str(error)
+                _log.warning(
+                    "challenger out of service", task=str(challenge.key), problem=str(error)
+                )
+            else:
+                found[challenge.task] = Challenger(challenge, snapshot)
+        return found, broken
+
+    def _stand_in(
+        self,
+        catalog: CatalogReader,
+        about: CatalogRevision,
+        stored: StoredChallenger,
+        tasks: Mapping[str, ServedTask],
+        rejection: RejectionPolicy,
+        known: Mapping[str, ServedTask],
+    ) -> Snapshot:
+        """The snapshot in which a challenger stands in for the current revision of its task."""
+        key = stored.challenge.key
+        task = self._task(catalog, key, known)
+        if task.problem:
+            raise TaskOutOfServiceError("challenger", f"{key} ({task.problem})", "end it")
+        standing = {**tasks, key.name: task}
+        keys = [standing[name].record.key for name in sorted(standing)]
+        head = self._head(catalog, about, stored.head_sha256, keys)
+        return Snapshot.build(about.revision, head, standing, rejection)
 
     def _task(
         self, catalog: CatalogReader, key: TaskKey, known: Mapping[str, ServedTask]
@@ -103,17 +163,24 @@ class SnapshotLoader:
         values = read_prompt(self._artifacts, record)
         return SoftPrompt(values, prompt.base_model, prompt.method, prompt.layers)
 
-    def _head(self, catalog: CatalogReader, about: CatalogRevision, live: list[TaskKey]) -> Head:
+    def _head(
+        self,
+        catalog: CatalogReader,
+        about: CatalogRevision,
+        sha256: str,
+        keys: Sequence[TaskKey],
+    ) -> Head:
+        """The compiled head of that digest for tasks, sorted by name."""
         try:
-            head = Head.from_bytes(self._heads.read(about.head_sha256))
-            if list(head.tasks) != live or head.encoder != self._models.encoder:
+            head = Head.from_bytes(self._heads.read(sha256))
+            if list(head.tasks) != list(keys) or head.encoder != self._models.encoder:
                 raise CorruptArtifactError("compiled head", "other tasks", "publish again")
             return head
         except CorruptArtifactError as error:
             # Heads are derived: old ones are pruned, and a damaged one is made again.
             _log.warning("compiling the head again", revision=about.revision, problem=str(error))
         pool = PooledMoments(self._models.dimension)
-        pool.update(read_statistics(self._artifacts, catalog.record(key)) for key in live)
+        pool.update(read_statistics(self._artifacts, catalog.record(key)) for key in keys)
         return compile_head(
             pool,
             policy=about.policy,

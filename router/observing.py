@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from router.decision import Decision
+from router.interfaces import ComparedSide
+from router.tasks import TaskKey
 
 
 class Unobserved:
@@ -28,6 +30,12 @@ class Unobserved:
         """See `router.interfaces.Observer`."""
 
     def decided(self, decision: Decision) -> None:
+        """See `router.interfaces.Observer`."""
+
+    def compared(self, side: ComparedSide, revision: TaskKey, decision: Decision) -> None:
+        """See `router.interfaces.Observer`."""
+
+    def shadow_differed(self, challenger: TaskKey) -> None:
         """See `router.interfaces.Observer`."""
 
 

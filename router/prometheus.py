@@ -19,9 +19,11 @@ from prometheus_client import (
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from router.decision import Decision
+from router.decision import Decision, Use
 from router.errors import InvalidInputError
+from router.interfaces import ComparedSide
 from router.routing import Router
+from router.tasks import TaskKey
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _ITEMS = (1, 2, 4, 8, 16, 32, 64)
@@ -36,6 +38,8 @@ class Serving:
     tasks: int
     tasks_out_of_service: int
     queued: Mapping[str, int]
+    challengers: int = 0
+    challengers_out_of_service: int = 0
 
 
 _GAUGES: tuple[tuple[str, str, Callable[[Serving], float]], ...] = (
@@ -50,6 +54,16 @@ _GAUGES: tuple[tuple[str, str, Callable[[Serving], float]], ...] = (
         "tasks_out_of_service",
         "Tasks whose files could not be loaded.",
         lambda found: found.tasks_out_of_service,
+    ),
+    (
+        "challengers",
+        "Challengers that are tried at the served revision.",
+        lambda found: found.challengers,
+    ),
+    (
+        "challengers_out_of_service",
+        "Challengers that could not be loaded.",
+        lambda found: found.challengers_out_of_service,
     ),
 )
 
@@ -111,6 +125,26 @@ class _Families:
             ["tenant", "task"],
             registry=self.registry,
         )
+        sides = ["tenant", "task", "revision", "side"]
+        self.challenge_decisions = Counter(
+            "promptyard_challenge_decisions",
+            "Decisions on the texts of a task that has a challenger, by the revision that decided, "
+            "its side and the outcome (elsewhere: another task; named: by the request).",
+            [*sides, "outcome"],
+            registry=self.registry,
+        )
+        self.challenge_scores = Summary(
+            "promptyard_challenge_score",
+            "Scores of the task on the texts that were routed to it, by revision and side.",
+            sides,
+            registry=self.registry,
+        )
+        self.shadow_differences = Counter(
+            "promptyard_shadow_differences",
+            "Texts whose outcome or task differs by the shadow, by task and the shadow's revision.",
+            ["tenant", "task", "revision"],
+            registry=self.registry,
+        )
         ProcessCollector(registry=self.registry)
 
     def forget(self, tenant: str) -> None:
@@ -124,6 +158,9 @@ class _Families:
             self.decisions,
             self.used,
             self.scores,
+            self.challenge_decisions,
+            self.challenge_scores,
+            self.shadow_differences,
         ):
             family.remove_by_labels({"tenant": tenant})
 
@@ -178,6 +215,24 @@ class PrometheusMetrics:
         if task and math.isfinite(decision.score):
             self._families.scores.labels(self._tenant, task).observe(decision.score)
 
+    def compared(self, side: ComparedSide, revision: TaskKey, decision: Decision) -> None:
+        """See `router.interfaces.Observer`."""
+        labels = (self._tenant, revision.name, str(revision.revision), side)
+        outcome = decision.outcome.value
+        is_here = decision.task is not None and decision.task.name == revision.name
+        if decision.use is Use.NAMED:
+            outcome = "named"
+        elif decision.task is not None and not is_here:
+            outcome = "elsewhere"
+        self._families.challenge_decisions.labels(*labels, outcome).inc()
+        if is_here and math.isfinite(decision.score):
+            self._families.challenge_scores.labels(*labels).observe(decision.score)
+
+    def shadow_differed(self, challenger: TaskKey) -> None:
+        """See `router.interfaces.Observer`."""
+        labels = (self._tenant, challenger.name, str(challenger.revision))
+        self._families.shadow_differences.labels(*labels).inc()
+
     def watch(self, look: Callable[[], Mapping[str, Serving | None]]) -> None:
         """Report what `look` finds at every scrape, by tenant; None where a catalog is unfit.
 
@@ -202,6 +257,8 @@ def _serving(router: Router) -> Serving:
         len(snapshot.tasks),
         sum(bool(task.problem) for task in snapshot.tasks.values()),
         router.queued,
+        len(snapshot.challengers),
+        len(snapshot.broken_challengers),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
@@ -14,7 +13,8 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from router.answer import AnswerEvent, AnswerSummary, FinishReason
 from router.answering import Answerer, Question
 from router.batching import BatchLimits, MicroBatcher
-from router.decision import Decision, Outcome, Use
+from router.challenging import named, with_challengers
+from router.decision import Decision
 from router.errors import (
     InvalidInputError,
     NoPromptError,
@@ -66,6 +66,7 @@ class _Question:
     top_k: int
     snapshot: Snapshot
     rejection: RejectionPolicy
+    request_key: str = ""
     decided: Decision | None = None
 
 
@@ -81,6 +82,8 @@ class Router:
     """Routes texts and answers them. Belongs to one event loop; the models run in threads.
 
     `on_unknown` says which task is used for a text that fits none; None: as the catalog says.
+    `request_key` says which revision answers where a challenger shares the texts of a task: all
+    requests of one key get the same one, those without a key the current one.
 
     Every method checks its input, and may raise:
         InvalidInputError: a field is malformed or over a limit.
@@ -101,7 +104,8 @@ class Router:
     ) -> None:
         """`note` is told the texts of every batch and their decisions, in the worker thread.
 
-        These list the best candidate, whatever the caller wants listed.
+        These are of the snapshot's own head, also where a challenger answers, and list the best
+        candidate, whatever the caller wants listed.
         """
         self.live = live
         self.encoder = encoder
@@ -128,15 +132,23 @@ class Router:
         return queued
 
     async def route(
-        self, text: str, top_k: int = 0, on_unknown: RejectionPolicy | None = None
+        self,
+        text: str,
+        top_k: int = 0,
+        on_unknown: RejectionPolicy | None = None,
+        request_key: str = "",
     ) -> Decision:
         """The decision on one text."""
         self.limits.check_text(text)
-        [routed] = await self._route([text], top_k, self.live.snapshot, on_unknown)
+        [routed] = await self._route([text], top_k, self.live.snapshot, on_unknown, request_key)
         return routed.decision
 
     async def explain(
-        self, text: str, top_k: int = 0, on_unknown: RejectionPolicy | None = None
+        self,
+        text: str,
+        top_k: int = 0,
+        on_unknown: RejectionPolicy | None = None,
+        request_key: str = "",
     ) -> tuple[Decision, Explanation]:
         """The decision on one text, and why it is what it is."""
         if self._explainer is None:
@@ -144,17 +156,23 @@ class Router:
         self.limits.check_text(text)
         snapshot = self.live.snapshot
         explained = max(top_k, LEAST_EXPLAINED) if top_k >= 0 else top_k
-        [routed] = await self._route([text], explained, snapshot, on_unknown)
+        [routed] = await self._route([text], explained, snapshot, on_unknown, request_key)
         decision = routed.decision
-        explanation = await self._explainer.explain(snapshot, self.encoder, text, decision)
+        explanation = await self._explainer.explain(
+            snapshot.answering(decision), self.encoder, text, decision
+        )
         return _listing(decision, top_k), explanation
 
     async def route_batch(
-        self, texts: Sequence[str], top_k: int = 0, on_unknown: RejectionPolicy | None = None
+        self,
+        texts: Sequence[str],
+        top_k: int = 0,
+        on_unknown: RejectionPolicy | None = None,
+        request_key: str = "",
     ) -> list[Decision]:
         """One decision per text, all at one catalog revision."""
         self.limits.check_texts(texts)
-        routed = await self._route(texts, top_k, self.live.snapshot, on_unknown)
+        routed = await self._route(texts, top_k, self.live.snapshot, on_unknown, request_key)
         return [each.decision for each in routed]
 
     async def generate(
@@ -166,6 +184,7 @@ class Router:
         max_output_tokens: int = 0,
         top_k: int = 0,
         on_unknown: RejectionPolicy | None = None,
+        request_key: str = "",
     ) -> AsyncGenerator[AnswerEvent]:
         """The decision, then the answer in pieces, then a summary, all of one catalog revision.
 
@@ -187,15 +206,16 @@ class Router:
         vector = None
         if task:
             self.limits.check_top_k(top_k)
-            decision = _named(snapshot, task)
+            self.limits.check_request_key(request_key)
+            decision = named(snapshot, task, request_key, self.observer)
         else:
-            [routed] = await self._route([text], top_k, snapshot, on_unknown)
+            [routed] = await self._route([text], top_k, snapshot, on_unknown, request_key)
             decision, vector = routed.decision, routed.vector
         yield decision
         if decision.used is None:
             yield AnswerSummary(FinishReason.NO_TASK)
             return
-        served = snapshot.task(decision.used.name)
+        served = snapshot.answering(decision).task(decision.used.name)
         prompt = usable_prompt(served)
         evidence = None
         if served.classifier is not None:
@@ -224,17 +244,19 @@ class Router:
         top_k: int,
         snapshot: Snapshot,
         on_unknown: RejectionPolicy | None,
+        request_key: str,
     ) -> list[_Routed]:
         """Decide texts that were checked."""
         self.limits.check_top_k(top_k)
+        self.limits.check_request_key(request_key)
         rejection = _rejection(snapshot, on_unknown)
         return await self._batcher.submit(
-            [_Question(text, top_k, snapshot, rejection) for text in texts]
+            [_Question(text, top_k, snapshot, rejection, request_key) for text in texts]
         )
 
     async def _embed(self, text: str, snapshot: Snapshot, decided: Decision) -> FloatArray:
         """The embedding `[D]` of a text whose task was named."""
-        question = _Question(text, 0, snapshot, snapshot.rejection, decided)
+        question = _Question(text, 0, snapshot, snapshot.rejection, decided=decided)
         [routed] = await self._batcher.submit([question])
         return routed.vector
 
@@ -262,23 +284,38 @@ class Router:
         # A policy may use the best candidate.
         top_k = max(1, *(question.top_k for question in questions))
         if all(question.snapshot is first for question in questions):
-            decisions = first.decide(embeddings, top_k)
+            current, answers = self._decide_at(first, questions, embeddings, top_k)
         else:
             # The catalog changed while these texts were coming in.
-            decisions = [
-                question.snapshot.decide(_rows(embeddings, [place]), top_k)[0]
-                for place, question in enumerate(questions)
-            ]
+            current, answers = [], []
+            for position, question in enumerate(questions):
+                row = _rows(embeddings, [position])
+                [mine], [answer] = self._decide_at(question.snapshot, [question], row, top_k)
+                current.append(mine)
+                answers.append(answer)
         decided = [
-            _listing(question.snapshot.apply(decision, question.rejection), question.top_k)
-            for decision, question in zip(decisions, questions, strict=True)
+            _listing(question.snapshot.apply(answer, question.rejection), question.top_k)
+            for answer, question in zip(answers, questions, strict=True)
         ]
         for decision in decided:
             self.observer.decided(decision)
         if self._note is not None:
             texts = [question.text for question in questions]
-            self._note(list(zip(texts, decisions, strict=True)))
+            self._note(list(zip(texts, current, strict=True)))
         return decided
+
+    def _decide_at(
+        self,
+        snapshot: Snapshot,
+        questions: Sequence[_Question],
+        embeddings: Embeddings,
+        top_k: int,
+    ) -> tuple[list[Decision], list[Decision]]:
+        """The decisions of the snapshot's own head, and those to answer with."""
+        current = snapshot.decide(embeddings, top_k)
+        keys = [question.request_key for question in questions]
+        answers = with_challengers(snapshot, embeddings, current, keys, top_k, self.observer)
+        return current, answers
 
 
 def _use_one_thread_for_arrays() -> None:
@@ -326,22 +363,6 @@ def _rejection(snapshot: Snapshot, asked: RejectionPolicy | None) -> RejectionPo
             "on_unknown.fallback_task", asked.fallback_task, "name a task that ListTasks lists"
         )
     return asked
-
-
-def _named(snapshot: Snapshot, name: str) -> Decision:
-    key = snapshot.task(name).record.key
-    threshold = snapshot.head.thresholds[snapshot.head.tasks.index(key)]
-    return Decision(
-        Outcome.MATCHED,
-        key,
-        math.nan,
-        math.nan,
-        threshold,
-        snapshot.revision,
-        truncated=False,
-        used=key,
-        use=Use.NAMED,
-    )
 
 
 def _rows(embeddings: Embeddings, places: list[int]) -> Embeddings:

@@ -68,13 +68,17 @@ class RouterServicer(RouterServiceServicer):
         """One text, one decision."""
         policy = rejection_value(request.on_unknown)
         if request.explain:
-            decision, why = await self._router.explain(request.text, request.top_k, policy)
+            decision, why = await self._router.explain(
+                request.text, request.top_k, policy, request.request_key
+            )
             return messages.RouteResponse(
                 decision=decision_message(decision),
                 revision=decision.revision,
                 explanation=explanation_message(why),
             )
-        decision = await self._router.route(request.text, request.top_k, policy)
+        decision = await self._router.route(
+            request.text, request.top_k, policy, request.request_key
+        )
         return messages.RouteResponse(
             decision=decision_message(decision), revision=decision.revision
         )
@@ -84,7 +88,9 @@ class RouterServicer(RouterServiceServicer):
     ) -> messages.BatchRouteResponse:
         """Many texts at one revision."""
         policy = rejection_value(request.on_unknown)
-        decisions = await self._router.route_batch(request.texts, request.top_k, policy)
+        decisions = await self._router.route_batch(
+            request.texts, request.top_k, policy, request.request_key
+        )
         return messages.BatchRouteResponse(
             decisions=[decision_message(decision) for decision in decisions],
             revision=decisions[0].revision,
@@ -129,6 +135,7 @@ class RouterServicer(RouterServiceServicer):
             max_output_tokens=request.max_output_tokens,
             top_k=request.top_k,
             on_unknown=rejection_value(request.on_unknown),
+            request_key=request.request_key,
         )
         revision = 0
         async with aclosing(events):
@@ -142,7 +149,8 @@ class RouterServicer(RouterServiceServicer):
     ) -> AsyncIterator[messages.GetSoftPromptResponse]:
         """The description, then the tensor in chunks."""
         snapshot = self._router.live.snapshot
-        task = snapshot.task(_required("task", request.task))
+        name = _required("task", request.task)
+        task = snapshot.task_at(name, request.revision) if request.revision else snapshot.task(name)
         prompt = usable_prompt(task)
         tensor = np.ascontiguousarray(prompt.values, dtype="<f4").tobytes()
         yield messages.GetSoftPromptResponse(
@@ -191,6 +199,7 @@ class RouterServicer(RouterServiceServicer):
             max_batch_texts=self._router.limits.max_batch_texts,
             on_unknown=str(snapshot.rejection),
             fallback_missing=not snapshot.rejection.is_served(snapshot.tasks),
+            challengers=_challenger_messages(snapshot),
         )
         if answerer is not None:
             response.base_model.name = answerer.model.name
@@ -204,7 +213,9 @@ class RouterServicer(RouterServiceServicer):
             if isinstance(request, Unreadable):
                 raise request.error
             policy = rejection_value(request.on_unknown)
-            decision = await self._router.route(request.text, request.top_k, policy)
+            decision = await self._router.route(
+                request.text, request.top_k, policy, request.request_key
+            )
         except PromptyardError as error:
             return messages.StreamRouteResponse(
                 error=stream_error_message(error),
@@ -262,6 +273,21 @@ def _task_messages(snapshot: Snapshot, names: list[str]) -> list[task_pb2.Task]:
     thresholds = dict(zip(snapshot.head.tasks, snapshot.head.thresholds, strict=True))
     tasks = [snapshot.task(name) for name in names]
     return [task_message(task, thresholds[task.record.key]) for task in tasks]
+
+
+def _challenger_messages(snapshot: Snapshot) -> list[messages.Challenger]:
+    found = {each.challenge: "" for each in snapshot.challengers.values()}
+    found |= snapshot.broken_challengers
+    return [
+        messages.Challenger(
+            task=challenge.task,
+            current_revision=snapshot.task(challenge.task).record.revision,
+            challenger_revision=challenge.revision,
+            share=challenge.share,
+            problem=problem,
+        )
+        for challenge, problem in sorted(found.items(), key=lambda each: each[0].task)
+    ]
 
 
 def _required(field: str, value: str) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from router.challengers import Challenge
 from router.decision import Candidate, Decision, decide
-from router.errors import TaskNotFoundError
+from router.errors import TaskNotFoundError, TaskOutOfServiceError
 from router.head import Head
 from router.index import CentroidIndex
 from router.interfaces import Embeddings
@@ -20,14 +21,28 @@ _LEAST_CANDIDATES = 2
 
 
 @dataclass(frozen=True, slots=True)
+class Challenger:
+    """A challenger, and the snapshot in which it stands in for the current revision."""
+
+    challenge: Challenge
+    snapshot: Snapshot
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Head, index, tasks and rejection policy of one catalog revision."""
+    """Head, index, tasks and rejection policy of one catalog revision.
+
+    `challengers` are those that can be tried, by task; `broken_challengers` those that could not be
+    loaded, and why.
+    """
 
     revision: int
     head: Head
     index: CentroidIndex
     tasks: Mapping[str, ServedTask]
     rejection: RejectionPolicy = ABSTAIN
+    challengers: Mapping[str, Challenger] = field(default_factory=dict)
+    broken_challengers: Mapping[Challenge, str] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -36,10 +51,14 @@ class Snapshot:
         head: Head,
         tasks: Mapping[str, ServedTask],
         rejection: RejectionPolicy = ABSTAIN,
+        challengers: Mapping[str, Challenger] | None = None,
+        broken_challengers: Mapping[Challenge, str] | None = None,
     ) -> Snapshot:
         """Build the index over the head's rows."""
         index = CentroidIndex(head.rows, head.row_task, head.closeness())
-        return cls(revision, head, index, tasks, rejection)
+        return cls(
+            revision, head, index, tasks, rejection, challengers or {}, broken_challengers or {}
+        )
 
     def task(self, name: str) -> ServedTask:
         """The task of that name.
@@ -54,10 +73,40 @@ class Snapshot:
                 "task", name, "list the tasks with `promptyard list` or ListTasks"
             ) from None
 
+    def task_at(self, name: str, revision: int) -> ServedTask:
+        """The task of that name at a revision that is served: the current one, or its challenger's.
+
+        Raises:
+            TaskNotFoundError: it is served at no such revision.
+            TaskOutOfServiceError: the challenger of that revision could not be loaded.
+        """
+        current = self.task(name)
+        if revision == current.record.revision:
+            return current
+        challenger = self.challengers.get(name)
+        if challenger is not None and challenger.challenge.revision == revision:
+            return challenger.snapshot.task(name)
+        for challenge, problem in self.broken_challengers.items():
+            if (challenge.task, challenge.revision) == (name, revision):
+                raise TaskOutOfServiceError("challenger", f"{challenge.key} ({problem})", "end it")
+        raise TaskNotFoundError(
+            "revision",
+            f"{name}@{revision}",
+            "name the current one (0), or that of a challenger; GetStatus lists them",
+        )
+
+    def answering(self, decision: Decision) -> Snapshot:
+        """The snapshot that made `decision`: this one, or that of a challenger."""
+        side = decision.side
+        if side is None or not side.by_challenger:
+            return self
+        return self.challengers[side.challenger.name].snapshot
+
     def decide(self, embeddings: Embeddings, top_k: int = 0) -> list[Decision]:
         """One decision per row of `embeddings` `[B, D]`. `top_k` candidates are listed in each.
 
-        No rejection policy is applied: see `apply`.
+        No challenger is asked (`router.challenging` does), and no rejection policy applied: see
+        `apply`.
         """
         wanted = min(max(top_k, _LEAST_CANDIDATES), len(self.head.tasks))
         if not wanted:
@@ -88,5 +137,5 @@ class Snapshot:
     def apply(self, decision: Decision, policy: RejectionPolicy) -> Decision:
         """`decision`, which lists a candidate, with the task that `policy` uses for it."""
         best = decision.candidates[0].task if decision.candidates else None
-        fallback = self.tasks.get(policy.fallback_task)
+        fallback = self.answering(decision).tasks.get(policy.fallback_task)
         return policy.apply(decision, best, None if fallback is None else fallback.record.key)

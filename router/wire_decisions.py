@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from router.decision import USE_WITHOUT_POLICY, Candidate, Decision, Outcome, Use
+from router.decision import (
+    USE_WITHOUT_POLICY,
+    Candidate,
+    Decision,
+    Outcome,
+    ShadowDecision,
+    Side,
+    Use,
+)
 from router.errors import InvalidInputError
 from router.explanation import ExplainedCandidate, Explanation, ScoreTerm, StoredExample
 from router.rejection import OnUnknown, RejectionPolicy
@@ -47,6 +55,8 @@ def decision_message(decision: Decision) -> decision_pb2.Decision:
         ],
         use=_USES[decision.use],
         probability=decision.probability,
+        side=_side_message(decision.side),
+        shadows=[_shadow_message(shadow) for shadow in decision.shadows],
     )
     if decision.task is not None:
         message.task = decision.task.name
@@ -79,6 +89,8 @@ def decision_value(message: decision_pb2.Decision) -> Decision:
         used=used,
         use=use,
         probability=message.probability if message.HasField("probability") else None,
+        side=_side_value(message.side) if message.HasField("side") else None,
+        shadows=tuple(_shadow_value(shadow) for shadow in message.shadows),
     )
 
 
@@ -162,6 +174,47 @@ def explanation_value(message: explanation_pb2.Explanation) -> Explanation:
         ),
         message.ambiguity_margin,
         tuple(message.notes),
+    )
+
+
+def _side_message(side: Side | None) -> decision_pb2.Side | None:
+    if side is None:
+        return None
+    return decision_pb2.Side(
+        task=side.challenger.name,
+        current_revision=side.current.revision,
+        challenger_revision=side.challenger.revision,
+        by_challenger=side.by_challenger,
+    )
+
+
+def _side_value(message: decision_pb2.Side) -> Side:
+    return Side(
+        TaskKey(message.task, message.current_revision),
+        TaskKey(message.task, message.challenger_revision),
+        message.by_challenger,
+    )
+
+
+def _shadow_message(shadow: ShadowDecision) -> decision_pb2.ShadowDecision:
+    return decision_pb2.ShadowDecision(
+        shadow_of=shadow.challenger.name,
+        shadow_revision=shadow.challenger.revision,
+        outcome=_OUTCOMES[shadow.outcome],
+        task="" if shadow.task is None else shadow.task.name,
+        task_revision=0 if shadow.task is None else shadow.task.revision,
+        score=shadow.score,
+        differs=shadow.differs,
+    )
+
+
+def _shadow_value(message: decision_pb2.ShadowDecision) -> ShadowDecision:
+    return ShadowDecision(
+        TaskKey(message.shadow_of, message.shadow_revision),
+        _OUTCOME_VALUES[message.outcome],
+        _key(message.task, message.task_revision),
+        message.score,
+        message.differs,
     )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from router.catalog import CatalogReader, has_catalog
 from router.errors import PromptyardError, StorageError, TaskExistsError, TaskNotFoundError
 from router.tasks import TaskRecord, check_task_name
+from trainer.challenge_rules import requested_challenge
 from trainer.commands import RegisterTask
 from trainer.data import read_rows
 
@@ -54,7 +55,8 @@ def refused_at_once(home: Path, requests: Sequence[RegisterTask]) -> dict[str, P
         for request in requests:
             try:
                 check_task_name(request.name)
-                next_revision(catalog.newest_record(request.name) if catalog else 0, request)
+                newest = catalog.newest_record(request.name) if catalog else 0
+                requested_challenge(catalog, request, next_revision(newest, request))
                 with contextlib.closing(read_rows(request.data)) as rows:
                     next(rows, None)
             except PromptyardError as error:

@@ -9,14 +9,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
-from router.catalog import SCHEMA_VERSION, CatalogReader, schema_version
+from router.catalog import SCHEMA_VERSION, CatalogReader, StoredChallenger, schema_version
 from router.errors import CatalogBusyError, CatalogError, StorageError, TaskExistsError
 from router.tasks import Policy, TaskRecord
 from trainer.artifact_writer import sync_folder
 
 _WAIT_SECONDS = 120.0
 
-_SCHEMA = """
+_TABLES = """
     CREATE TABLE task_records (
         task TEXT NOT NULL,
         revision INTEGER NOT NULL CHECK (revision > 0),
@@ -42,30 +42,48 @@ _SCHEMA = """
         FOREIGN KEY (task, task_revision) REFERENCES task_records (task, revision)
     ) WITHOUT ROWID;
 """
-_TABLES = ("task_records", "catalog_revisions", "task_events")
-_APPEND_ONLY = "".join(
-    f"CREATE TRIGGER {table}_refuses_{verb.lower()} BEFORE {verb} ON {table}"
-    f" BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END;"
-    for table in _TABLES
-    for verb in ("UPDATE", "DELETE")
-)
-# INSERT OR REPLACE deletes a row without asking the triggers for DELETE.
-_NO_REPLACING = """
-    CREATE TRIGGER task_records_refuses_replace BEFORE INSERT ON task_records
-    WHEN (NEW.task, NEW.revision) IN (SELECT task, revision FROM task_records)
-    BEGIN SELECT RAISE(ABORT, 'task_records is append-only'); END;
-    CREATE TRIGGER catalog_revisions_refuses_replace BEFORE INSERT ON catalog_revisions
-    WHEN NEW.revision IN (SELECT revision FROM catalog_revisions)
-    BEGIN SELECT RAISE(ABORT, 'catalog_revisions is append-only'); END;
-    CREATE TRIGGER task_events_refuses_replace BEFORE INSERT ON task_events
-    WHEN (NEW.task, NEW.catalog_revision) IN (SELECT task, catalog_revision FROM task_events)
-    BEGIN SELECT RAISE(ABORT, 'task_events is append-only'); END;
+_CHALLENGERS = """
+    CREATE TABLE challengers (
+        task TEXT NOT NULL,
+        catalog_revision INTEGER NOT NULL REFERENCES catalog_revisions (revision),
+        task_revision INTEGER NOT NULL,
+        share REAL CHECK (share IS NULL OR (share > 0 AND share <= 1)),
+        head_sha256 TEXT NOT NULL,
+        PRIMARY KEY (task, catalog_revision),
+        FOREIGN KEY (task, task_revision) REFERENCES task_records (task, revision)
+    ) WITHOUT ROWID;
 """
+
+
+def _append_only(table: str, *key: str) -> str:
+    """The triggers that refuse everything but appending to `table`, whose primary key is `key`."""
+    refusal = f"BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END;"
+    # INSERT OR REPLACE deletes a row without asking the triggers for DELETE.
+    new = ", ".join(f"NEW.{column}" for column in key)
+    replaced = f"({new}) IN (SELECT {', '.join(key)} FROM {table})"  # noqa: S608 - our own names
+    return (
+        f"CREATE TRIGGER {table}_refuses_update BEFORE UPDATE ON {table} {refusal}"
+        f"CREATE TRIGGER {table}_refuses_delete BEFORE DELETE ON {table} {refusal}"
+        f"CREATE TRIGGER {table}_refuses_replace BEFORE INSERT ON {table} WHEN {replaced} {refusal}"
+    )
+
+
+# What brings a catalog from each version to the next one, from version 0: an empty file.
+_STEPS = (
+    _TABLES
+    + _append_only("task_records", "task", "revision")
+    + _append_only("catalog_revisions", "revision")
+    + _append_only("task_events", "task", "catalog_revision"),
+    _CHALLENGERS + _append_only("challengers", "task", "catalog_revision"),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """One append: new records, and which task revisions are live from now on (None: retired)."""
+    """One append: new records, and which task revisions are live from now on (None: retired).
+
+    `challengers` are all of those that there are from now on.
+    """
 
     action: str
     records: tuple[TaskRecord, ...]
@@ -74,6 +92,7 @@ class Publication:
     encoder: str
     policy: Policy
     report: Mapping[str, object]
+    challengers: tuple[StoredChallenger, ...] = ()
 
 
 class CatalogWriter(CatalogReader):
@@ -135,6 +154,12 @@ class CatalogWriter(CatalogReader):
         )
         for task, live in publication.live.items():
             execute("INSERT INTO task_events VALUES (?, ?, ?)", (task, revision, live))
+        for stored in publication.challengers:
+            about = stored.challenge
+            execute(
+                "INSERT INTO challengers VALUES (?, ?, ?, ?, ?)",
+                (about.task, revision, about.revision, about.share, stored.head_sha256),
+            )
         return revision
 
     def refuse_existing(self, record: TaskRecord) -> None:
@@ -201,13 +226,14 @@ def _migrate(connection: sqlite3.Connection) -> None:
     if schema_version(connection) >= SCHEMA_VERSION:
         return
     connection.execute("PRAGMA journal_mode = DELETE")
-    connection.execute("BEGIN IMMEDIATE")
-    # Another process may have made the schema while we waited for the lock.
-    if schema_version(connection) < 1:
-        for statement in _statements(_SCHEMA + _APPEND_ONLY + _NO_REPLACING):
-            connection.execute(statement)
-        connection.execute("PRAGMA user_version = 1")
-    connection.execute("COMMIT")
+    for version, step in enumerate(_STEPS, start=1):
+        connection.execute("BEGIN IMMEDIATE")
+        # Another process may have made the step while we waited for the lock.
+        if schema_version(connection) < version:
+            for statement in _statements(step):
+                connection.execute(statement)
+            connection.execute(f"PRAGMA user_version = {version}")
+        connection.execute("COMMIT")
 
 
 def _statements(script: str) -> Iterator[str]:

@@ -28,6 +28,8 @@ class RegisterTask:
     taken instead of tuning one. `metric` is what answers are scored by (`trainer.answer_metrics`);
     empty: what suits the outputs. `template` is stored with the task (`router.templates`).
     `with_classifier`: fit a label classifier beside the prompt, where the outputs are a closed set.
+    `challenger` is a share (`10%`) or `shadow`, with `revise`: the next revision is tried beside
+    the current one (`router.challengers`).
     """
 
     name: str
@@ -44,6 +46,7 @@ class RegisterTask:
     metric: str = ""
     template: str = ""
     with_classifier: bool = True
+    challenger: str = ""
 
 
 @dataclass(frozen=True, slots=True)

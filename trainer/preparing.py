@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from router.catalog import CatalogReader
+from router.challengers import Challenge
 from router.errors import InvalidInputError
 from router.tasks import check_task_name
 from router.templates import check_template
 from trainer.admission import next_revision
 from trainer.answer_metrics import Metric, check_metric, default_metric
+from trainer.challenge_rules import requested_challenge
 from trainer.commands import RegisterTask
 from trainer.data import Example, LabelledFile, closed_outputs, read_labelled, split
 
@@ -29,13 +31,14 @@ class Prepared:
     train: Sequence[Example]
     validation: Sequence[Example]
     metric: Metric = "accuracy"
+    challenge: Challenge | None = None
 
 
 def prepare(catalog: CatalogReader, request: RegisterTask) -> Prepared:
     """Check the request and read its data.
 
     Raises:
-        InvalidInputError: the name or the data cannot be used.
+        InvalidInputError: the name or the data cannot be used, or it cannot challenge.
         TaskExistsError: the task exists, and `revise` is not set.
         TaskNotFoundError: `revise` is set, and the task does not exist.
     """
@@ -46,6 +49,7 @@ def prepare(catalog: CatalogReader, request: RegisterTask) -> Prepared:
             "prompt_from", request.prompt_from, "give it without --no-prompt (with_prompt: false)"
         )
     revision = next_revision(catalog.newest_record(request.name), request)
+    challenge = requested_challenge(catalog, request, revision)
     file = read_labelled(
         request.data,
         request.fields,
@@ -54,7 +58,7 @@ def prepare(catalog: CatalogReader, request: RegisterTask) -> Prepared:
         min_rows=MIN_ROWS_FOR_PROMPT if request.with_prompt else MIN_ROWS_FOR_ROUTING,
     )
     if not request.with_prompt:
-        return Prepared(request, revision, file, None, file.examples, ())
+        return Prepared(request, revision, file, None, file.examples, (), challenge=challenge)
     outputs = None if request.free_text else closed_outputs(file.examples)
     if outputs is not None and len(outputs) < 2:
         raise InvalidInputError(
@@ -68,4 +72,4 @@ def prepare(catalog: CatalogReader, request: RegisterTask) -> Prepared:
     if request.metric:
         metric = check_metric(request.name, request.metric, outputs, multi_label=file.multi_label)
     train, validation = split(file.examples)
-    return Prepared(request, revision, file, outputs, train, validation, metric)
+    return Prepared(request, revision, file, outputs, train, validation, metric, challenge)

@@ -14,6 +14,7 @@ from importlib.metadata import version
 
 import numpy as np
 
+from router.challengers import Challenge
 from router.errors import InvalidInputError, PromptyardError, RefusedError, shorten
 from router.interfaces import Embeddings, FloatArray, LanguageModel
 from router.loading import (
@@ -65,7 +66,8 @@ def register(
 ) -> Registered:
     """Register tasks and publish those that succeed, all of them in one catalog revision.
 
-    A failure of one task leaves the others. `base_model` may be None where no request wants a
+    A failure of one task leaves the others. A challenger is registered alone: it becomes live for
+    nobody, and passes the gate as if it did. `base_model` may be None where no request wants a
     prompt. A task that takes more than `gate_limit` of the held-out rows of an old one is refused,
     unless it is forced.
 
@@ -75,6 +77,7 @@ def register(
     Raises:
         PromptyardError: nothing could be registered for a reason that no single task has.
     """
+    _refuse_challenger_among_others(requests)
     workshop.check_encoder()
     workshop.policy(change)
     failures: dict[str, PromptyardError] = {}
@@ -93,7 +96,10 @@ def register(
         except PromptyardError as error:
             failures[task.request.name] = error
     progress("", "publish", 0, 1)
-    published, published_records = _publish(workshop, records, change, gate_limit, failures)
+    challenge = next((task.challenge for task in prepared if task.challenge is not None), None)
+    published, published_records = _publish(
+        workshop, records, change, gate_limit, failures, challenge
+    )
     progress("", "publish", 1, 1)
     checkpoints.remove()
     return Registered(published_records, failures, published, _suspects(prepared, published))
@@ -105,17 +111,21 @@ def _publish(
     change: PolicyChange | None,
     gate_limit: float,
     failures: dict[str, PromptyardError],
+    challenge: Challenge | None,
 ) -> tuple[Published | None, tuple[TaskRecord, ...]]:
     """Publish the records that the gate lets pass, and say which they are."""
     left = tuple(records)
     while left:
+        action = "revise" if all(record.revision > 1 for record in left) else "register"
+        live = {record.name: record.revision for record in left}
         try:
             published = workshop.publish(
-                "revise" if all(record.revision > 1 for record in left) else "register",
+                action if challenge is None else "challenge",
                 records=left,
-                live={record.name: record.revision for record in left},
+                live=live if challenge is None else {},
                 change=change,
                 gate_limit=gate_limit,
+                challenge=challenge,
             )
         except InterferenceError as error:
             failures.update({key.name: error for key in error.tasks})
@@ -123,6 +133,14 @@ def _publish(
         else:
             return published, left
     return None, ()
+
+
+def _refuse_challenger_among_others(requests: Sequence[RegisterTask]) -> None:
+    challengers = [request.name for request in requests if request.challenger]
+    if challengers and len(requests) > 1:
+        raise InvalidInputError(
+            "challenger", ", ".join(challengers), "register a challenger in a call of its own"
+        )
 
 
 def _suspects(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from router.background import measure_background
-from router.catalog import ARTIFACTS_FOLDER, HEADS_FOLDER
+from router.catalog import ARTIFACTS_FOLDER, HEADS_FOLDER, StoredChallenger
+from router.challengers import Challenge
 from router.compiling import HEAD_KINDS, changed_decisions, compile_head
 from router.errors import CorruptArtifactError, InvalidInputError, TaskNotFoundError
 from router.fitting import Background
@@ -20,6 +21,7 @@ from router.statistics import PooledMoments, TaskStatistics
 from router.tasks import Policy, TaskKey, TaskRecord
 from trainer.artifact_writer import ArtifactWriter
 from trainer.catalog_writer import CatalogWriter, Publication
+from trainer.challenge_rules import standing_challenges
 from trainer.commands import PolicyChange
 from trainer.gate import GateReport, check, measure
 
@@ -30,8 +32,9 @@ _KEPT_HEADS = 16
 class Published:
     """What a publish did: the new catalog revision, its head, and the decisions that changed.
 
-    `gate` is what new tasks did to the others, where that was asked for. `head_bytes` is the size
-    of the head's file.
+    `gate` is what new tasks did to the others, where that was asked for; of a challenger, what it
+    would do in the place of the current revision. `head_bytes` is the size of the head's file.
+    `challenges` are those that there are now, and `ended` those that there are no more.
     """
 
     revision: int
@@ -40,6 +43,8 @@ class Published:
     changed_decisions: Mapping[str, int]
     gate: GateReport | None = None
     head_bytes: int = 0
+    challenges: tuple[Challenge, ...] = ()
+    ended: tuple[Challenge, ...] = ()
 
 
 class Workshop:
@@ -122,8 +127,13 @@ class Workshop:
         change: PolicyChange | None = None,
         gate_limit: float | None = None,
         force: str = "",
+        challenge: Challenge | None = None,
+        ended: str = "",
     ) -> Published:
         """Compile the head for what will be live, store it, and append to the catalog.
+
+        `challenge` begins a challenge, or changes its share; nothing becomes live then. `ended`
+        names the task whose challenger goes.
 
         With a `gate_limit`, tasks that were not live, and take more than that share of one that
         was, are refused; not so where `force` or a new record gives a reason, which is recorded.
@@ -133,10 +143,14 @@ class Workshop:
 
         Raises:
             InterferenceError: a task takes too much of another one, and is not forced.
-            TaskNotFoundError: `change` falls back to a task that would not be live.
+            TaskNotFoundError: `change` falls back to a task that would not be live, or `challenge`
+                is of a task that is not.
+            InvalidInputError: `challenge` cannot be (`trainer.challenges`).
         """
         try:
-            published = self._publish(action, records, live, change, gate_limit, force)
+            published = self._publish(
+                action, records, live, change, gate_limit, force, challenge, ended
+            )
         except BaseException:
             self._forget(records)
             raise
@@ -151,6 +165,8 @@ class Workshop:
         change: PolicyChange | None,
         gate_limit: float | None,
         force: str,
+        challenge: Challenge | None,
+        ended: str,
     ) -> Published:
         catalog = self.catalog
         with catalog.appending():
@@ -168,26 +184,29 @@ class Workshop:
                     tasks[name] = TaskKey(name, revision)
             if change is not None and change.on_unknown is not None:
                 _check_fallback(change.on_unknown, tasks)
-            self._pool.update(self._task_statistics(key, new) for key in tasks.values())
-            head = compile_head(
-                self._pool,
-                policy=policy,
-                encoder=self.encoder.fingerprint,
-                dimension=self.encoder.dimension,
-                background=self._measured_background(),
-            )
+            stood = [stored.challenge for stored in catalog.challengers(parent)]
+            stand = standing_challenges(stood, tasks, challenge, ended)
+            head = self._compile(tasks.values(), new, policy)
+            challengers = {
+                each: self._compile({**tasks, each.task: each.key}.values(), new, policy)
+                for each in stand
+            }
             before = self._read_head_if_whole(parent)
-            known = (*before.tasks, *head.tasks) if before is not None else head.tasks
-            rows = {key: self._rows(key) for key in known}
+            heads = [each for each in (before, head, *challengers.values()) if each is not None]
+            rows = {key: self._rows(key) for each in heads for key in each.tasks}
             changed = changed_decisions(before, head, rows) if before is not None else {}
             gate = None
-            arriving = sorted(set(tasks.values()) - set(old))
+            arriving, arrived = sorted(set(tasks.values()) - set(old)), head
+            if challenge is not None:
+                arriving = sorted({challenge.key} - {each.key for each in stood})
+                arrived = challengers[challenge]
             if gate_limit is not None and arriving:
-                gate = measure(before, head, rows, arriving)
+                gate = measure(before, arrived, rows, arriving)
                 forced = {record.key for record in records if record.forced_reason}
                 check(gate, () if force else {*arriving} - forced, gate_limit)
             content = head.to_bytes()
             head_sha256 = self._heads.write(content)
+            gone = tuple(each for each in stood if each.key not in {left.key for left in stand})
             revision = catalog.append(
                 Publication(
                     action,
@@ -199,13 +218,30 @@ class Workshop:
                     {
                         **head.summary,
                         "changed_decisions": changed,
+                        **_challenges_document(stand, gone),
                         **({"gate": gate.document()} if gate is not None else {}),
                         **({"forced": force} if force else {}),
                     },
+                    tuple(
+                        StoredChallenger(each, self._heads.write(compiled.to_bytes()))
+                        for each, compiled in challengers.items()
+                    ),
                 )
             )
             self._compiled = (head_sha256, head)
-        return Published(revision, head, head.summary, changed, gate, len(content))
+        return Published(revision, head, head.summary, changed, gate, len(content), stand, gone)
+
+    def _compile(
+        self, keys: Iterable[TaskKey], new: Mapping[TaskKey, TaskRecord], policy: Policy
+    ) -> Head:
+        self._pool.update(self._task_statistics(key, new) for key in keys)
+        return compile_head(
+            self._pool,
+            policy=policy,
+            encoder=self.encoder.fingerprint,
+            dimension=self.encoder.dimension,
+            background=self._measured_background(),
+        )
 
     def _forget(self, records: tuple[TaskRecord, ...]) -> None:
         """Drop what is cached of records that were not published: their keys are free again."""
@@ -250,13 +286,31 @@ class Workshop:
         if newest <= _KEPT_HEADS:
             return
         recent = {
-            self.catalog.revision(revision).head_sha256
+            head
             for revision in range(newest - _KEPT_HEADS + 1, newest + 1)
+            for head in self._heads_of(revision)
         }
-        old = self.catalog.revision(newest - _KEPT_HEADS).head_sha256
-        if old not in recent:
+        for old in self._heads_of(newest - _KEPT_HEADS) - recent:
             with contextlib.suppress(OSError):
                 self._heads.path(old).unlink()
+
+    def _heads_of(self, revision: int) -> set[str]:
+        challengers = self.catalog.challengers(revision)
+        return {self.catalog.revision(revision).head_sha256} | {
+            stored.head_sha256 for stored in challengers
+        }
+
+
+def _challenges_document(
+    stand: tuple[Challenge, ...], ended: tuple[Challenge, ...]
+) -> dict[str, object]:
+    """What is recorded of challengers with the catalog revision."""
+    document: dict[str, object] = {}
+    if stand:
+        document["challengers"] = {str(each.key): each.share_text for each in stand}
+    if ended:
+        document["ended_challengers"] = [str(each.key) for each in ended]
+    return document
 
 
 def _check_fallback(policy: RejectionPolicy, live: Mapping[str, TaskKey]) -> None:

@@ -24,23 +24,27 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18router/v1/decision.proto\x12\trouter.v1\"\xcb\x02\n\x08\x44\x65\x63ision\x12#\n\x07outcome\x18\x01 \x01(\x0e\x32\x12.router.v1.Outcome\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x15\n\rtask_revision\x18\x03 \x01(\x03\x12\r\n\x05score\x18\x04 \x01(\x01\x12\x0e\n\x06margin\x18\x05 \x01(\x01\x12\x11\n\tthreshold\x18\x06 \x01(\x01\x12\x10\n\x08revision\x18\x07 \x01(\x03\x12\x11\n\ttruncated\x18\x08 \x01(\x08\x12(\n\ncandidates\x18\t \x03(\x0b\x32\x14.router.v1.Candidate\x12\x11\n\tused_task\x18\n \x01(\t\x12\x1a\n\x12used_task_revision\x18\x0b \x01(\x03\x12\x1b\n\x03use\x18\x0c \x01(\x0e\x32\x0e.router.v1.Use\x12\x18\n\x0bprobability\x18\r \x01(\x01H\x00\x88\x01\x01\x42\x0e\n\x0c_probability\"T\n\x0fRejectionPolicy\x12*\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32\x1a.router.v1.RejectionAction\x12\x15\n\rfallback_task\x18\x02 \x01(\t\"R\n\tCandidate\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x15\n\rtask_revision\x18\x02 \x01(\x03\x12\r\n\x05score\x18\x03 \x01(\x01\x12\x11\n\tthreshold\x18\x04 \x01(\x01*c\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x13\n\x0fOUTCOME_MATCHED\x10\x01\x12\x15\n\x11OUTCOME_AMBIGUOUS\x10\x02\x12\x13\n\x0fOUTCOME_UNKNOWN\x10\x03*\x8b\x01\n\x0fRejectionAction\x12 \n\x1cREJECTION_ACTION_UNSPECIFIED\x10\x00\x12\x1c\n\x18REJECTION_ACTION_ABSTAIN\x10\x01\x12\x1d\n\x19REJECTION_ACTION_FALLBACK\x10\x02\x12\x19\n\x15REJECTION_ACTION_BEST\x10\x03*\xbb\x01\n\x03Use\x12\x13\n\x0fUSE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bUSE_MATCHED\x10\x01\x12\x19\n\x15USE_BEST_OF_AMBIGUOUS\x10\x02\x12\x10\n\x0cUSE_FALLBACK\x10\x03\x12\x13\n\x0fUSE_BEST_ANYWAY\x10\x04\x12\r\n\tUSE_NAMED\x10\x05\x12\x11\n\rUSE_ABSTAINED\x10\x06\x12\x18\n\x14USE_FALLBACK_MISSING\x10\x07\x12\x10\n\x0cUSE_NO_TASKS\x10\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18router/v1/decision.proto\x12\trouter.v1\"\x96\x03\n\x08\x44\x65\x63ision\x12#\n\x07outcome\x18\x01 \x01(\x0e\x32\x12.router.v1.Outcome\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x15\n\rtask_revision\x18\x03 \x01(\x03\x12\r\n\x05score\x18\x04 \x01(\x01\x12\x0e\n\x06margin\x18\x05 \x01(\x01\x12\x11\n\tthreshold\x18\x06 \x01(\x01\x12\x10\n\x08revision\x18\x07 \x01(\x03\x12\x11\n\ttruncated\x18\x08 \x01(\x08\x12(\n\ncandidates\x18\t \x03(\x0b\x32\x14.router.v1.Candidate\x12\x11\n\tused_task\x18\n \x01(\t\x12\x1a\n\x12used_task_revision\x18\x0b \x01(\x03\x12\x1b\n\x03use\x18\x0c \x01(\x0e\x32\x0e.router.v1.Use\x12\x18\n\x0bprobability\x18\r \x01(\x01H\x00\x88\x01\x01\x12\x1d\n\x04side\x18\x0e \x01(\x0b\x32\x0f.router.v1.Side\x12*\n\x07shadows\x18\x0f \x03(\x0b\x32\x19.router.v1.ShadowDecisionB\x0e\n\x0c_probability\"b\n\x04Side\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x18\n\x10\x63urrent_revision\x18\x02 \x01(\x03\x12\x1b\n\x13\x63hallenger_revision\x18\x03 \x01(\x03\x12\x15\n\rby_challenger\x18\x04 \x01(\x08\"\xa6\x01\n\x0eShadowDecision\x12\x11\n\tshadow_of\x18\x01 \x01(\t\x12\x17\n\x0fshadow_revision\x18\x02 \x01(\x03\x12#\n\x07outcome\x18\x03 \x01(\x0e\x32\x12.router.v1.Outcome\x12\x0c\n\x04task\x18\x04 \x01(\t\x12\x15\n\rtask_revision\x18\x05 \x01(\x03\x12\r\n\x05score\x18\x06 \x01(\x01\x12\x0f\n\x07\x64iffers\x18\x07 \x01(\x08\"T\n\x0fRejectionPolicy\x12*\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32\x1a.router.v1.RejectionAction\x12\x15\n\rfallback_task\x18\x02 \x01(\t\"R\n\tCandidate\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x15\n\rtask_revision\x18\x02 \x01(\x03\x12\r\n\x05score\x18\x03 \x01(\x01\x12\x11\n\tthreshold\x18\x04 \x01(\x01*c\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x13\n\x0fOUTCOME_MATCHED\x10\x01\x12\x15\n\x11OUTCOME_AMBIGUOUS\x10\x02\x12\x13\n\x0fOUTCOME_UNKNOWN\x10\x03*\x8b\x01\n\x0fRejectionAction\x12 \n\x1cREJECTION_ACTION_UNSPECIFIED\x10\x00\x12\x1c\n\x18REJECTION_ACTION_ABSTAIN\x10\x01\x12\x1d\n\x19REJECTION_ACTION_FALLBACK\x10\x02\x12\x19\n\x15REJECTION_ACTION_BEST\x10\x03*\xbb\x01\n\x03Use\x12\x13\n\x0fUSE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bUSE_MATCHED\x10\x01\x12\x19\n\x15USE_BEST_OF_AMBIGUOUS\x10\x02\x12\x10\n\x0cUSE_FALLBACK\x10\x03\x12\x13\n\x0fUSE_BEST_ANYWAY\x10\x04\x12\r\n\tUSE_NAMED\x10\x05\x12\x11\n\rUSE_ABSTAINED\x10\x06\x12\x18\n\x14USE_FALLBACK_MISSING\x10\x07\x12\x10\n\x0cUSE_NO_TASKS\x10\x08\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'router.v1.decision_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_OUTCOME']._serialized_start=543
-  _globals['_OUTCOME']._serialized_end=642
-  _globals['_REJECTIONACTION']._serialized_start=645
-  _globals['_REJECTIONACTION']._serialized_end=784
-  _globals['_USE']._serialized_start=787
-  _globals['_USE']._serialized_end=974
+  _globals['_OUTCOME']._serialized_start=887
+  _globals['_OUTCOME']._serialized_end=986
+  _globals['_REJECTIONACTION']._serialized_start=989
+  _globals['_REJECTIONACTION']._serialized_end=1128
+  _globals['_USE']._serialized_start=1131
+  _globals['_USE']._serialized_end=1318
   _globals['_DECISION']._serialized_start=40
-  _globals['_DECISION']._serialized_end=371
-  _globals['_REJECTIONPOLICY']._serialized_start=373
-  _globals['_REJECTIONPOLICY']._serialized_end=457
-  _globals['_CANDIDATE']._serialized_start=459
-  _globals['_CANDIDATE']._serialized_end=541
+  _globals['_DECISION']._serialized_end=446
+  _globals['_SIDE']._serialized_start=448
+  _globals['_SIDE']._serialized_end=546
+  _globals['_SHADOWDECISION']._serialized_start=549
+  _globals['_SHADOWDECISION']._serialized_end=715
+  _globals['_REJECTIONPOLICY']._serialized_start=717
+  _globals['_REJECTIONPOLICY']._serialized_end=801
+  _globals['_CANDIDATE']._serialized_start=803
+  _globals['_CANDIDATE']._serialized_end=885
 # @@protoc_insertion_point(module_scope)

@@ -146,6 +146,8 @@ class Decision(_message.Message):
     USED_TASK_REVISION_FIELD_NUMBER: _builtins.int
     USE_FIELD_NUMBER: _builtins.int
     PROBABILITY_FIELD_NUMBER: _builtins.int
+    SIDE_FIELD_NUMBER: _builtins.int
+    SHADOWS_FIELD_NUMBER: _builtins.int
     outcome: Global___Outcome.ValueType
     """outcome is the verdict. `task` is set for MATCHED and AMBIGUOUS, and empty for UNKNOWN."""
     task: _builtins.str
@@ -179,6 +181,18 @@ class Decision(_message.Message):
     def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___Candidate]:
         """candidates are the best `top_k` tasks, best first, where the request asked for them."""
 
+    @_builtins.property
+    def side(self) -> Global___Side:
+        """side says which of two revisions decided, where a challenger shares the texts of the task:
+        this whole decision is that revision's. Absent where the text is in no such split.
+        """
+
+    @_builtins.property
+    def shadows(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShadowDecision]:
+        """shadows are what shadows decided: of the task that the text is routed to, and those that would
+        route it to theirs. They change nothing of the answer.
+        """
+
     def __init__(
         self,
         *,
@@ -195,16 +209,98 @@ class Decision(_message.Message):
         used_task_revision: _builtins.int = ...,
         use: Global___Use.ValueType = ...,
         probability: _builtins.float | None = ...,
+        side: Global___Side | None = ...,
+        shadows: _abc.Iterable[Global___ShadowDecision] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_probability", b"_probability", "probability", b"probability"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_probability", b"_probability", "probability", b"probability", "side", b"side"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_probability", b"_probability", "candidates", b"candidates", "margin", b"margin", "outcome", b"outcome", "probability", b"probability", "revision", b"revision", "score", b"score", "task", b"task", "task_revision", b"task_revision", "threshold", b"threshold", "truncated", b"truncated", "use", b"use", "used_task", b"used_task", "used_task_revision", b"used_task_revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_probability", b"_probability", "candidates", b"candidates", "margin", b"margin", "outcome", b"outcome", "probability", b"probability", "revision", b"revision", "score", b"score", "shadows", b"shadows", "side", b"side", "task", b"task", "task_revision", b"task_revision", "threshold", b"threshold", "truncated", b"truncated", "use", b"use", "used_task", b"used_task", "used_task_revision", b"used_task_revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__probability: _TypeAlias = _typing.Literal["probability"]  # noqa: Y015
     _WhichOneofArgType__probability: _TypeAlias = _typing.Literal["_probability", b"_probability"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__probability) -> _WhichOneofReturnType__probability | None: ...
 
 Global___Decision: _TypeAlias = Decision  # noqa: Y015
+
+@_typing.final
+class Side(_message.Message):
+    """Side says which of two revisions of a task decided."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_FIELD_NUMBER: _builtins.int
+    CURRENT_REVISION_FIELD_NUMBER: _builtins.int
+    CHALLENGER_REVISION_FIELD_NUMBER: _builtins.int
+    BY_CHALLENGER_FIELD_NUMBER: _builtins.int
+    task: _builtins.str
+    """task is the name of the task that has a challenger."""
+    current_revision: _builtins.int
+    """current_revision is the task's current revision."""
+    challenger_revision: _builtins.int
+    """challenger_revision is the revision that is tried beside it."""
+    by_challenger: _builtins.bool
+    """by_challenger is true where the challenger decided."""
+    def __init__(
+        self,
+        *,
+        task: _builtins.str = ...,
+        current_revision: _builtins.int = ...,
+        challenger_revision: _builtins.int = ...,
+        by_challenger: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["by_challenger", b"by_challenger", "challenger_revision", b"challenger_revision", "current_revision", b"current_revision", "task", b"task"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Side: _TypeAlias = Side  # noqa: Y015
+
+@_typing.final
+class ShadowDecision(_message.Message):
+    """ShadowDecision is what a shadow decided: a revision that is tried without ever answering."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHADOW_OF_FIELD_NUMBER: _builtins.int
+    SHADOW_REVISION_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    TASK_FIELD_NUMBER: _builtins.int
+    TASK_REVISION_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    DIFFERS_FIELD_NUMBER: _builtins.int
+    shadow_of: _builtins.str
+    """shadow_of is the name of the task that has the shadow."""
+    shadow_revision: _builtins.int
+    """shadow_revision is the revision that is tried."""
+    outcome: Global___Outcome.ValueType
+    """outcome is its verdict."""
+    task: _builtins.str
+    """task is the name of its best task; empty for UNKNOWN."""
+    task_revision: _builtins.int
+    """task_revision is the revision of that task."""
+    score: _builtins.float
+    """score is its best task's score, on a scale that may differ from that of the current revision."""
+    differs: _builtins.bool
+    """differs is true where outcome or task are not those of the current revision's decision."""
+    def __init__(
+        self,
+        *,
+        shadow_of: _builtins.str = ...,
+        shadow_revision: _builtins.int = ...,
+        outcome: Global___Outcome.ValueType = ...,
+        task: _builtins.str = ...,
+        task_revision: _builtins.int = ...,
+        score: _builtins.float = ...,
+        differs: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["differs", b"differs", "outcome", b"outcome", "score", b"score", "shadow_of", b"shadow_of", "shadow_revision", b"shadow_revision", "task", b"task", "task_revision", b"task_revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShadowDecision: _TypeAlias = ShadowDecision  # noqa: Y015
 
 @_typing.final
 class RejectionPolicy(_message.Message):

@@ -28,49 +28,51 @@ from router.v1 import explanation_pb2 as router_dot_v1_dot_explanation__pb2
 from router.v1 import task_pb2 as router_dot_v1_dot_task__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1erouter/v1/router_service.proto\x12\trouter.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18router/v1/decision.proto\x1a\x1brouter/v1/explanation.proto\x1a\x14router/v1/task.proto\"l\n\x0cRouteRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05top_k\x18\x02 \x01(\x05\x12.\n\non_unknown\x18\x03 \x01(\x0b\x32\x1a.router.v1.RejectionPolicy\x12\x0f\n\x07\x65xplain\x18\x04 \x01(\x08\"u\n\rRouteResponse\x12%\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x13.router.v1.Decision\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12+\n\x0b\x65xplanation\x18\x03 \x01(\x0b\x32\x16.router.v1.Explanation\"a\n\x11\x42\x61tchRouteRequest\x12\r\n\x05texts\x18\x01 \x03(\t\x12\r\n\x05top_k\x18\x02 \x01(\x05\x12.\n\non_unknown\x18\x03 \x01(\x0b\x32\x1a.router.v1.RejectionPolicy\"N\n\x12\x42\x61tchRouteResponse\x12&\n\tdecisions\x18\x01 \x03(\x0b\x32\x13.router.v1.Decision\x12\x10\n\x08revision\x18\x02 \x01(\x03\"m\n\x12StreamRouteRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05top_k\x18\x02 \x01(\x05\x12\n\n\x02id\x18\x03 \x01(\t\x12.\n\non_unknown\x18\x04 \x01(\x0b\x32\x1a.router.v1.RejectionPolicy\"\x8f\x01\n\x13StreamRouteResponse\x12\'\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x13.router.v1.DecisionH\x00\x12\'\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x16.router.v1.StreamErrorH\x00\x12\n\n\x02id\x18\x03 \x01(\t\x12\x10\n\x08revision\x18\x04 \x01(\x03\x42\x08\n\x06result\"=\n\x0bStreamError\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\r\n\x05\x66ield\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\x98\x01\n\x0fGenerateRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x0f\n\x07\x63ontext\x18\x03 \x03(\t\x12\x19\n\x11max_output_tokens\x18\x04 \x01(\x05\x12\r\n\x05top_k\x18\x05 \x01(\x05\x12.\n\non_unknown\x18\x06 \x01(\x0b\x32\x1a.router.v1.RejectionPolicy\"\x96\x01\n\x10GenerateResponse\x12\'\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x13.router.v1.DecisionH\x00\x12\x0f\n\x05piece\x18\x02 \x01(\tH\x00\x12-\n\x07summary\x18\x03 \x01(\x0b\x32\x1a.router.v1.GenerateSummaryH\x00\x12\x10\n\x08revision\x18\x04 \x01(\x03\x42\x07\n\x05\x65vent\"\x98\x01\n\x0fGenerateSummary\x12.\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x17.router.v1.FinishReason\x12\x14\n\x0cinput_tokens\x18\x02 \x01(\x05\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x05\x12\x15\n\routput_tokens\x18\x04 \x01(\x05\x12\x11\n\ttruncated\x18\x05 \x01(\x08\"$\n\x14GetSoftPromptRequest\x12\x0c\n\x04task\x18\x01 \x01(\t\"{\n\x15GetSoftPromptResponse\x12\x37\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32 .router.v1.SoftPromptDescriptionH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12\x10\n\x08revision\x18\x03 \x01(\x03\x42\x06\n\x04part\"\xbb\x01\n\x15SoftPromptDescription\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x15\n\rtask_revision\x18\x02 \x01(\x03\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x0e\n\x06sha256\x18\x05 \x01(\t\x12\x12\n\nbase_model\x18\x06 \x01(\t\x12\x12\n\nsize_bytes\x18\x07 \x01(\x03\x12\'\n\x06method\x18\x08 \x01(\x0e\x32\x17.router.v1.PromptMethod\"\x12\n\x10GetStatusRequest\"\x92\x03\n\x11GetStatusResponse\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x17\n\x0fnewest_revision\x18\x02 \x01(\x03\x12\x0f\n\x07problem\x18\x03 \x01(\t\x12\r\n\x05tasks\x18\x04 \x01(\x05\x12/\n\x0eout_of_service\x18\x05 \x03(\x0b\x32\x17.router.v1.OutOfService\x12\'\n\x07\x65ncoder\x18\x06 \x01(\x0b\x32\x16.router.v1.ModelStatus\x12*\n\nbase_model\x18\x07 \x01(\x0b\x32\x16.router.v1.ModelStatus\x12\x0c\n\x04head\x18\x08 \x01(\t\x12\x0f\n\x07version\x18\t \x01(\t\x12.\n\nstarted_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0emax_text_bytes\x18\x0b \x01(\x05\x12\x17\n\x0fmax_batch_texts\x18\x0c \x01(\x05\x12\x12\n\non_unknown\x18\r \x01(\t\x12\x18\n\x10\x66\x61llback_missing\x18\x0e \x01(\x08\"D\n\x0cOutOfService\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x15\n\rtask_revision\x18\x02 \x01(\x03\x12\x0f\n\x07problem\x18\x03 \x01(\t\"0\n\x0bModelStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t*\x93\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_LABEL\x10\x03\x12\x19\n\x15\x46INISH_REASON_NO_TASK\x10\x04\x32\xcd\x03\n\rRouterService\x12:\n\x05Route\x12\x17.router.v1.RouteRequest\x1a\x18.router.v1.RouteResponse\x12I\n\nBatchRoute\x12\x1c.router.v1.BatchRouteRequest\x1a\x1d.router.v1.BatchRouteResponse\x12P\n\x0bStreamRoute\x12\x1d.router.v1.StreamRouteRequest\x1a\x1e.router.v1.StreamRouteResponse(\x01\x30\x01\x12\x45\n\x08Generate\x12\x1a.router.v1.GenerateRequest\x1a\x1b.router.v1.GenerateResponse0\x01\x12T\n\rGetSoftPrompt\x12\x1f.router.v1.GetSoftPromptRequest\x1a .router.v1.GetSoftPromptResponse0\x01\x12\x46\n\tGetStatus\x12\x1b.router.v1.GetStatusRequest\x1a\x1c.router.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1erouter/v1/router_service.proto\x12\trouter.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18router/v1/decision.proto\x1a\x1brouter/v1/explanation.proto\x1a\x14router/v1/task.proto\"\x81\x01\n\x0cRouteRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05top_k\x18\x02 \x01(\x05\x12.\n\non_unknown\x18\x03 \x01(\x0b\x32\x1a.router.v1.RejectionPolicy\x12\x0f\n\x07\x65xplain\x18\x04 \x01(\x08\x12\x13\n\x0brequest_key\x18\x05 \x01(\t\"u\n\rRouteResponse\x12%\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x13.router.v1.Decision\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12+\n\x0b\x65xplanation\x18\x03 \x01(\x0b\x32\x16.router.v1.Explanation\"v\n\x11\x42\x61tchRouteRequest\x12\r\n\x05texts\x18\x01 \x03(\t\x12\r\n\x05top_k\x18\x02 \x01(\x05\x12.\n\non_unknown\x18\x03 \x01(\x0b\x32\x1a.router.v1.RejectionPolicy\x12\x13\n\x0brequest_key\x18\x04 \x01(\t\"N\n\x12\x42\x61tchRouteResponse\x12&\n\tdecisions\x18\x01 \x03(\x0b\x32\x13.router.v1.Decision\x12\x10\n\x08revision\x18\x02 \x01(\x03\"\x82\x01\n\x12StreamRouteRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05top_k\x18\x02 \x01(\x05\x12\n\n\x02id\x18\x03 \x01(\t\x12.\n\non_unknown\x18\x04 \x01(\x0b\x32\x1a.router.v1.RejectionPolicy\x12\x13\n\x0brequest_key\x18\x05 \x01(\t\"\x8f\x01\n\x13StreamRouteResponse\x12\'\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x13.router.v1.DecisionH\x00\x12\'\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x16.router.v1.StreamErrorH\x00\x12\n\n\x02id\x18\x03 \x01(\t\x12\x10\n\x08revision\x18\x04 \x01(\x03\x42\x08\n\x06result\"=\n\x0bStreamError\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\r\n\x05\x66ield\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\xad\x01\n\x0fGenerateRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x0f\n\x07\x63ontext\x18\x03 \x03(\t\x12\x19\n\x11max_output_tokens\x18\x04 \x01(\x05\x12\r\n\x05top_k\x18\x05 \x01(\x05\x12.\n\non_unknown\x18\x06 \x01(\x0b\x32\x1a.router.v1.RejectionPolicy\x12\x13\n\x0brequest_key\x18\x07 \x01(\t\"\x96\x01\n\x10GenerateResponse\x12\'\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x13.router.v1.DecisionH\x00\x12\x0f\n\x05piece\x18\x02 \x01(\tH\x00\x12-\n\x07summary\x18\x03 \x01(\x0b\x32\x1a.router.v1.GenerateSummaryH\x00\x12\x10\n\x08revision\x18\x04 \x01(\x03\x42\x07\n\x05\x65vent\"\x98\x01\n\x0fGenerateSummary\x12.\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x17.router.v1.FinishReason\x12\x14\n\x0cinput_tokens\x18\x02 \x01(\x05\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x05\x12\x15\n\routput_tokens\x18\x04 \x01(\x05\x12\x11\n\ttruncated\x18\x05 \x01(\x08\"6\n\x14GetSoftPromptRequest\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x03\"{\n\x15GetSoftPromptResponse\x12\x37\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32 .router.v1.SoftPromptDescriptionH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12\x10\n\x08revision\x18\x03 \x01(\x03\x42\x06\n\x04part\"\xbb\x01\n\x15SoftPromptDescription\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x15\n\rtask_revision\x18\x02 \x01(\x03\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x0e\n\x06sha256\x18\x05 \x01(\t\x12\x12\n\nbase_model\x18\x06 \x01(\t\x12\x12\n\nsize_bytes\x18\x07 \x01(\x03\x12\'\n\x06method\x18\x08 \x01(\x0e\x32\x17.router.v1.PromptMethod\"\x12\n\x10GetStatusRequest\"\xbe\x03\n\x11GetStatusResponse\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x17\n\x0fnewest_revision\x18\x02 \x01(\x03\x12\x0f\n\x07problem\x18\x03 \x01(\t\x12\r\n\x05tasks\x18\x04 \x01(\x05\x12/\n\x0eout_of_service\x18\x05 \x03(\x0b\x32\x17.router.v1.OutOfService\x12\'\n\x07\x65ncoder\x18\x06 \x01(\x0b\x32\x16.router.v1.ModelStatus\x12*\n\nbase_model\x18\x07 \x01(\x0b\x32\x16.router.v1.ModelStatus\x12\x0c\n\x04head\x18\x08 \x01(\t\x12\x0f\n\x07version\x18\t \x01(\t\x12.\n\nstarted_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0emax_text_bytes\x18\x0b \x01(\x05\x12\x17\n\x0fmax_batch_texts\x18\x0c \x01(\x05\x12\x12\n\non_unknown\x18\r \x01(\t\x12\x18\n\x10\x66\x61llback_missing\x18\x0e \x01(\x08\x12*\n\x0b\x63hallengers\x18\x0f \x03(\x0b\x32\x15.router.v1.Challenger\"\x80\x01\n\nChallenger\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x18\n\x10\x63urrent_revision\x18\x02 \x01(\x03\x12\x1b\n\x13\x63hallenger_revision\x18\x03 \x01(\x03\x12\x12\n\x05share\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07problem\x18\x05 \x01(\tB\x08\n\x06_share\"D\n\x0cOutOfService\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x15\n\rtask_revision\x18\x02 \x01(\x03\x12\x0f\n\x07problem\x18\x03 \x01(\t\"0\n\x0bModelStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t*\x93\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_LABEL\x10\x03\x12\x19\n\x15\x46INISH_REASON_NO_TASK\x10\x04\x32\xcd\x03\n\rRouterService\x12:\n\x05Route\x12\x17.router.v1.RouteRequest\x1a\x18.router.v1.RouteResponse\x12I\n\nBatchRoute\x12\x1c.router.v1.BatchRouteRequest\x1a\x1d.router.v1.BatchRouteResponse\x12P\n\x0bStreamRoute\x12\x1d.router.v1.StreamRouteRequest\x1a\x1e.router.v1.StreamRouteResponse(\x01\x30\x01\x12\x45\n\x08Generate\x12\x1a.router.v1.GenerateRequest\x1a\x1b.router.v1.GenerateResponse0\x01\x12T\n\rGetSoftPrompt\x12\x1f.router.v1.GetSoftPromptRequest\x1a .router.v1.GetSoftPromptResponse0\x01\x12\x46\n\tGetStatus\x12\x1b.router.v1.GetStatusRequest\x1a\x1c.router.v1.GetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'router.v1.router_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2245
-  _globals['_FINISHREASON']._serialized_end=2392
-  _globals['_ROUTEREQUEST']._serialized_start=155
-  _globals['_ROUTEREQUEST']._serialized_end=263
-  _globals['_ROUTERESPONSE']._serialized_start=265
-  _globals['_ROUTERESPONSE']._serialized_end=382
-  _globals['_BATCHROUTEREQUEST']._serialized_start=384
-  _globals['_BATCHROUTEREQUEST']._serialized_end=481
-  _globals['_BATCHROUTERESPONSE']._serialized_start=483
-  _globals['_BATCHROUTERESPONSE']._serialized_end=561
-  _globals['_STREAMROUTEREQUEST']._serialized_start=563
-  _globals['_STREAMROUTEREQUEST']._serialized_end=672
-  _globals['_STREAMROUTERESPONSE']._serialized_start=675
-  _globals['_STREAMROUTERESPONSE']._serialized_end=818
-  _globals['_STREAMERROR']._serialized_start=820
-  _globals['_STREAMERROR']._serialized_end=881
-  _globals['_GENERATEREQUEST']._serialized_start=884
-  _globals['_GENERATEREQUEST']._serialized_end=1036
-  _globals['_GENERATERESPONSE']._serialized_start=1039
-  _globals['_GENERATERESPONSE']._serialized_end=1189
-  _globals['_GENERATESUMMARY']._serialized_start=1192
-  _globals['_GENERATESUMMARY']._serialized_end=1344
-  _globals['_GETSOFTPROMPTREQUEST']._serialized_start=1346
-  _globals['_GETSOFTPROMPTREQUEST']._serialized_end=1382
-  _globals['_GETSOFTPROMPTRESPONSE']._serialized_start=1384
-  _globals['_GETSOFTPROMPTRESPONSE']._serialized_end=1507
-  _globals['_SOFTPROMPTDESCRIPTION']._serialized_start=1510
-  _globals['_SOFTPROMPTDESCRIPTION']._serialized_end=1697
-  _globals['_GETSTATUSREQUEST']._serialized_start=1699
-  _globals['_GETSTATUSREQUEST']._serialized_end=1717
-  _globals['_GETSTATUSRESPONSE']._serialized_start=1720
-  _globals['_GETSTATUSRESPONSE']._serialized_end=2122
-  _globals['_OUTOFSERVICE']._serialized_start=2124
-  _globals['_OUTOFSERVICE']._serialized_end=2192
-  _globals['_MODELSTATUS']._serialized_start=2194
-  _globals['_MODELSTATUS']._serialized_end=2242
-  _globals['_ROUTERSERVICE']._serialized_start=2395
-  _globals['_ROUTERSERVICE']._serialized_end=2856
+  _globals['_FINISHREASON']._serialized_start=2524
+  _globals['_FINISHREASON']._serialized_end=2671
+  _globals['_ROUTEREQUEST']._serialized_start=156
+  _globals['_ROUTEREQUEST']._serialized_end=285
+  _globals['_ROUTERESPONSE']._serialized_start=287
+  _globals['_ROUTERESPONSE']._serialized_end=404
+  _globals['_BATCHROUTEREQUEST']._serialized_start=406
+  _globals['_BATCHROUTEREQUEST']._serialized_end=524
+  _globals['_BATCHROUTERESPONSE']._serialized_start=526
+  _globals['_BATCHROUTERESPONSE']._serialized_end=604
+  _globals['_STREAMROUTEREQUEST']._serialized_start=607
+  _globals['_STREAMROUTEREQUEST']._serialized_end=737
+  _globals['_STREAMROUTERESPONSE']._serialized_start=740
+  _globals['_STREAMROUTERESPONSE']._serialized_end=883
+  _globals['_STREAMERROR']._serialized_start=885
+  _globals['_STREAMERROR']._serialized_end=946
+  _globals['_GENERATEREQUEST']._serialized_start=949
+  _globals['_GENERATEREQUEST']._serialized_end=1122
+  _globals['_GENERATERESPONSE']._serialized_start=1125
+  _globals['_GENERATERESPONSE']._serialized_end=1275
+  _globals['_GENERATESUMMARY']._serialized_start=1278
+  _globals['_GENERATESUMMARY']._serialized_end=1430
+  _globals['_GETSOFTPROMPTREQUEST']._serialized_start=1432
+  _globals['_GETSOFTPROMPTREQUEST']._serialized_end=1486
+  _globals['_GETSOFTPROMPTRESPONSE']._serialized_start=1488
+  _globals['_GETSOFTPROMPTRESPONSE']._serialized_end=1611
+  _globals['_SOFTPROMPTDESCRIPTION']._serialized_start=1614
+  _globals['_SOFTPROMPTDESCRIPTION']._serialized_end=1801
+  _globals['_GETSTATUSREQUEST']._serialized_start=1803
+  _globals['_GETSTATUSREQUEST']._serialized_end=1821
+  _globals['_GETSTATUSRESPONSE']._serialized_start=1824
+  _globals['_GETSTATUSRESPONSE']._serialized_end=2270
+  _globals['_CHALLENGER']._serialized_start=2273
+  _globals['_CHALLENGER']._serialized_end=2401
+  _globals['_OUTOFSERVICE']._serialized_start=2403
+  _globals['_OUTOFSERVICE']._serialized_end=2471
+  _globals['_MODELSTATUS']._serialized_start=2473
+  _globals['_MODELSTATUS']._serialized_end=2521
+  _globals['_ROUTERSERVICE']._serialized_start=2674
+  _globals['_ROUTERSERVICE']._serialized_end=3135
 # @@protoc_insertion_point(module_scope)

@@ -65,6 +65,7 @@ class RouteRequest(_message.Message):
     TOP_K_FIELD_NUMBER: _builtins.int
     ON_UNKNOWN_FIELD_NUMBER: _builtins.int
     EXPLAIN_FIELD_NUMBER: _builtins.int
+    REQUEST_KEY_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """text is the input: not empty, at most `max_text_bytes` of GetStatus in UTF-8."""
     top_k: _builtins.int
@@ -72,6 +73,11 @@ class RouteRequest(_message.Message):
     explain: _builtins.bool
     """explain asks for an explanation as well. It takes longer, for the first one of a revision up to
     seconds; few are worked on at a time.
+    """
+    request_key: _builtins.str
+    """request_key says whose request this is, where a challenger shares the texts of a task: all
+    requests of one key are answered by the same revision, those without one by the current one. At
+    most 256 bytes. It is kept nowhere; send a digest where it would name a person.
     """
     @_builtins.property
     def on_unknown(self) -> _decision_pb2.RejectionPolicy:
@@ -84,10 +90,11 @@ class RouteRequest(_message.Message):
         top_k: _builtins.int = ...,
         on_unknown: _decision_pb2.RejectionPolicy | None = ...,
         explain: _builtins.bool = ...,
+        request_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["on_unknown", b"on_unknown"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["explain", b"explain", "on_unknown", b"on_unknown", "text", b"text", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["explain", b"explain", "on_unknown", b"on_unknown", "request_key", b"request_key", "text", b"text", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -136,8 +143,11 @@ class BatchRouteRequest(_message.Message):
     TEXTS_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
     ON_UNKNOWN_FIELD_NUMBER: _builtins.int
+    REQUEST_KEY_FIELD_NUMBER: _builtins.int
     top_k: _builtins.int
     """top_k is how many candidates to return for each text; 0 for none."""
+    request_key: _builtins.str
+    """request_key says whose request this is, as in RouteRequest; one for the whole batch."""
     @_builtins.property
     def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """texts are the inputs: at least one, at most `max_batch_texts` of GetStatus."""
@@ -152,10 +162,11 @@ class BatchRouteRequest(_message.Message):
         texts: _abc.Iterable[_builtins.str] | None = ...,
         top_k: _builtins.int = ...,
         on_unknown: _decision_pb2.RejectionPolicy | None = ...,
+        request_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["on_unknown", b"on_unknown"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["on_unknown", b"on_unknown", "texts", b"texts", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["on_unknown", b"on_unknown", "request_key", b"request_key", "texts", b"texts", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -199,12 +210,15 @@ class StreamRouteRequest(_message.Message):
     TOP_K_FIELD_NUMBER: _builtins.int
     ID_FIELD_NUMBER: _builtins.int
     ON_UNKNOWN_FIELD_NUMBER: _builtins.int
+    REQUEST_KEY_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """text is the input, as in RouteRequest."""
     top_k: _builtins.int
     """top_k is how many candidates to return; 0 for none."""
     id: _builtins.str
     """id is the caller's own, echoed in the response."""
+    request_key: _builtins.str
+    """request_key says whose request this is, as in RouteRequest."""
     @_builtins.property
     def on_unknown(self) -> _decision_pb2.RejectionPolicy:
         """on_unknown says which task is used for a text that fits none; absent: as the catalog says."""
@@ -216,10 +230,11 @@ class StreamRouteRequest(_message.Message):
         top_k: _builtins.int = ...,
         id: _builtins.str = ...,
         on_unknown: _decision_pb2.RejectionPolicy | None = ...,
+        request_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["on_unknown", b"on_unknown"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "on_unknown", b"on_unknown", "text", b"text", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "on_unknown", b"on_unknown", "request_key", b"request_key", "text", b"text", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -307,6 +322,7 @@ class GenerateRequest(_message.Message):
     MAX_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
     ON_UNKNOWN_FIELD_NUMBER: _builtins.int
+    REQUEST_KEY_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """text is the input, as in RouteRequest."""
     task: _builtins.str
@@ -315,6 +331,8 @@ class GenerateRequest(_message.Message):
     """max_output_tokens bounds a free-text answer; 0 for the server's default."""
     top_k: _builtins.int
     """top_k is how many candidates the decision lists; 0 for none."""
+    request_key: _builtins.str
+    """request_key says whose request this is, as in RouteRequest; it counts for a named task as well."""
     @_builtins.property
     def context(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """context are retrieved passages to answer from, best first. They are not used for routing."""
@@ -332,10 +350,11 @@ class GenerateRequest(_message.Message):
         max_output_tokens: _builtins.int = ...,
         top_k: _builtins.int = ...,
         on_unknown: _decision_pb2.RejectionPolicy | None = ...,
+        request_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["on_unknown", b"on_unknown"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "max_output_tokens", b"max_output_tokens", "on_unknown", b"on_unknown", "task", b"task", "text", b"text", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "max_output_tokens", b"max_output_tokens", "on_unknown", b"on_unknown", "request_key", b"request_key", "task", b"task", "text", b"text", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -426,16 +445,22 @@ class GetSoftPromptRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TASK_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
     task: _builtins.str
     """task is the task's name."""
+    revision: _builtins.int
+    """revision is the task's revision, such as a decision's `used_task_revision`: the current one or
+    that of its challenger. 0 for the current one.
+    """
     def __init__(
         self,
         *,
         task: _builtins.str = ...,
+        revision: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -566,6 +591,7 @@ class GetStatusResponse(_message.Message):
     MAX_BATCH_TEXTS_FIELD_NUMBER: _builtins.int
     ON_UNKNOWN_FIELD_NUMBER: _builtins.int
     FALLBACK_MISSING_FIELD_NUMBER: _builtins.int
+    CHALLENGERS_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
     """revision is the catalog revision that is being served."""
     newest_revision: _builtins.int
@@ -604,6 +630,10 @@ class GetStatusResponse(_message.Message):
     def started_at(self) -> _timestamp_pb2.Timestamp:
         """started_at is when the server started."""
 
+    @_builtins.property
+    def challengers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Challenger]:
+        """challengers are the revisions that are tried beside the current ones."""
+
     def __init__(
         self,
         *,
@@ -621,14 +651,57 @@ class GetStatusResponse(_message.Message):
         max_batch_texts: _builtins.int = ...,
         on_unknown: _builtins.str = ...,
         fallback_missing: _builtins.bool = ...,
+        challengers: _abc.Iterable[Global___Challenger] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "encoder", b"encoder", "started_at", b"started_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "encoder", b"encoder", "fallback_missing", b"fallback_missing", "head", b"head", "max_batch_texts", b"max_batch_texts", "max_text_bytes", b"max_text_bytes", "newest_revision", b"newest_revision", "on_unknown", b"on_unknown", "out_of_service", b"out_of_service", "problem", b"problem", "revision", b"revision", "started_at", b"started_at", "tasks", b"tasks", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "challengers", b"challengers", "encoder", b"encoder", "fallback_missing", b"fallback_missing", "head", b"head", "max_batch_texts", b"max_batch_texts", "max_text_bytes", b"max_text_bytes", "newest_revision", b"newest_revision", "on_unknown", b"on_unknown", "out_of_service", b"out_of_service", "problem", b"problem", "revision", b"revision", "started_at", b"started_at", "tasks", b"tasks", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class Challenger(_message.Message):
+    """Challenger is a revision of a task that is tried beside the current one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_FIELD_NUMBER: _builtins.int
+    CURRENT_REVISION_FIELD_NUMBER: _builtins.int
+    CHALLENGER_REVISION_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    task: _builtins.str
+    """task is the task's name."""
+    current_revision: _builtins.int
+    """current_revision is the task's current revision."""
+    challenger_revision: _builtins.int
+    """challenger_revision is the one that is tried."""
+    share: _builtins.float
+    """share is the share of the request keys that it answers, from 0 to 1; absent for a shadow, which
+    decides and never answers.
+    """
+    problem: _builtins.str
+    """problem says why it could not be loaded, so that it is not tried; empty where it is."""
+    def __init__(
+        self,
+        *,
+        task: _builtins.str = ...,
+        current_revision: _builtins.int = ...,
+        challenger_revision: _builtins.int = ...,
+        share: _builtins.float | None = ...,
+        problem: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_share", b"_share", "share", b"share"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_share", b"_share", "challenger_revision", b"challenger_revision", "current_revision", b"current_revision", "problem", b"problem", "share", b"share", "task", b"task"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__share: _TypeAlias = _typing.Literal["share"]  # noqa: Y015
+    _WhichOneofArgType__share: _TypeAlias = _typing.Literal["_share", b"_share"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__share) -> _WhichOneofReturnType__share | None: ...
+
+Global___Challenger: _TypeAlias = Challenger  # noqa: Y015
 
 @_typing.final
 class OutOfService(_message.Message):

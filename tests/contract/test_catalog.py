@@ -5,14 +5,23 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sqlite3
+import tarfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from router.catalog import CATALOG_FILE, SCHEMA_VERSION, CatalogReader
+from router.catalog import (
+    CATALOG_FILE,
+    SCHEMA_VERSION,
+    CatalogReader,
+    StoredChallenger,
+    schema_version,
+)
+from router.challengers import Challenge
 from router.errors import (
     CatalogBusyError,
     CatalogError,
@@ -40,8 +49,9 @@ from tests.mounts import (
 )
 from trainer import catalog_writer
 from trainer.catalog_writer import CatalogWriter, Publication
+from trainer.challenges import start_challenge
 
-TABLES = ("task_records", "catalog_revisions", "task_events")
+TABLES = ("task_records", "catalog_revisions", "task_events", "challengers")
 
 
 def record(name: str, revision: int = 1, description: str = "") -> TaskRecord:
@@ -73,6 +83,14 @@ def publication(*records: TaskRecord, **live: int | None) -> Publication:
 def append(writer: CatalogWriter, *records: TaskRecord, **live: int | None) -> int:
     with writer.appending():
         return writer.append(publication(*records, **live))
+
+
+def append_all_kinds(writer: CatalogWriter) -> None:
+    """Append to every table."""
+    append(writer, record("weather"))
+    challengers = (StoredChallenger(Challenge("weather", 2, 0.25), "a" * 64),)
+    with writer.appending():
+        writer.append(replace(publication(record("weather", 2)), live={}, challengers=challengers))
 
 
 @pytest.fixture
@@ -188,8 +206,8 @@ def test_a_record_that_does_not_exist_is_not_found(writer: CatalogWriter) -> Non
 def test_the_file_itself_refuses_to_change_or_delete_rows(
     writer: CatalogWriter, table: str, change: str
 ) -> None:
-    append(writer, record("weather"))
-    column = {"task_records": "record", "catalog_revisions": "report", "task_events": "task"}[table]
+    append_all_kinds(writer)
+    column = {"task_records": "record", "catalog_revisions": "report"}.get(table, "task")
     with (
         contextlib.closing(sqlite3.connect(writer.home / CATALOG_FILE)) as connection,
         pytest.raises(sqlite3.IntegrityError, match=f"{table} is append-only"),
@@ -202,7 +220,7 @@ def test_the_file_itself_refuses_to_change_or_delete_rows(
 def test_the_file_itself_refuses_to_replace_rows(
     writer: CatalogWriter, table: str, verb: str
 ) -> None:
-    append(writer, record("weather"))
+    append_all_kinds(writer)
     before = rows(writer.home)
     with contextlib.closing(sqlite3.connect(writer.home / CATALOG_FILE)) as connection:
         row = before[table][0]
@@ -602,3 +620,65 @@ def test_what_was_acknowledged_is_on_disk_and_the_journal_is_gone(writer: Catalo
 
 def test_waiting_for_another_registration_is_counted_in_minutes() -> None:
     assert catalog_writer._WAIT_SECONDS >= 60
+
+
+# Catalogs of before there were challengers
+
+OLD_HOME = Path(__file__).parents[1] / "data" / "home-of-schema-1.tar.gz"
+
+
+@pytest.fixture
+def old_home(tmp_path: Path) -> Path:
+    """A home that was written when catalogs had version 1: weather, and sport at its revision 2."""
+    with tarfile.open(OLD_HOME) as archive:
+        archive.extractall(tmp_path, filter="data")
+    with contextlib.closing(sqlite3.connect(tmp_path / "home" / CATALOG_FILE)) as connection:
+        assert connection.execute("PRAGMA user_version").fetchone() == (1,)
+    return tmp_path / "home"
+
+
+def test_an_old_catalog_is_read_as_it_is(old_home: Path) -> None:
+    before = file_digests(old_home)
+    with CatalogReader(old_home) as reader:
+        assert reader.live(2) == [TaskKey("sport", 2), TaskKey("weather", 1)]
+        assert reader.challengers(2) == []
+        snapshot = SnapshotLoader(old_home, served_models()).load(reader, 2, None)
+    assert not any(task.problem for task in snapshot.tasks.values())
+    assert file_digests(old_home) == before
+
+
+def test_a_writer_brings_an_old_catalog_up_to_date_and_keeps_every_row(old_home: Path) -> None:
+    old = TABLES[:-1]
+    with contextlib.closing(sqlite3.connect(old_home / CATALOG_FILE)) as connection:
+        before = {t: connection.execute(f"SELECT * FROM {t}").fetchall() for t in old}
+    # A server that reads meanwhile goes on, and sees the challengers that come.
+    with CatalogReader(old_home) as reader:
+        assert reader.challengers(2) == []
+        with new_workshop(old_home) as workshop:
+            assert schema_version(workshop.catalog._connection) == SCHEMA_VERSION == 2
+            assert {t: rows(old_home)[t] for t in old} == before
+            start_challenge(workshop, "sport", 0.5, revision=1)
+        assert [each.challenge for each in reader.challengers(3)] == [Challenge("sport", 1, 0.5)]
+        assert reader.live(3) == reader.live(2)
+
+
+def test_an_old_catalog_is_brought_up_to_date_once_by_many_at_a_time(old_home: Path) -> None:
+    together = threading.Barrier(4)
+
+    def open_it(_: int) -> int:
+        together.wait(20)
+        with CatalogWriter(old_home) as writer:
+            return schema_version(writer._connection)
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(open_it, range(4))) == [SCHEMA_VERSION] * 4
+
+
+@pytest.mark.parametrize("share", [0.0, -0.5, 1.5, "half"])
+def test_the_file_itself_refuses_a_share_that_is_none(writer: CatalogWriter, share: object) -> None:
+    append_all_kinds(writer)
+    with (
+        contextlib.closing(sqlite3.connect(writer.home / CATALOG_FILE)) as connection,
+        pytest.raises(sqlite3.IntegrityError, match="CHECK constraint failed"),
+    ):
+        connection.execute("INSERT INTO challengers VALUES ('weather', 1, 2, ?, 'ffff')", (share,))

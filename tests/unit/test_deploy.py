@@ -10,6 +10,7 @@ import pytest
 from typer.main import get_command
 
 from router.prometheus import PrometheusMetrics, Serving
+from router.tasks import TaskKey
 from tests.fakes import FakeEncoder, make_snapshot
 from trainer.cli import app
 
@@ -30,6 +31,12 @@ def served() -> dict[str, set[str]]:
     metrics.batch_ended("routing", 1)
     metrics.cache_used(hits=1, misses=1)
     metrics.decided(make_snapshot().decide(FakeEncoder().encode(["weather"]))[0])
+    metrics.compared(
+        "shadow",
+        TaskKey("weather", 2),
+        make_snapshot().decide(FakeEncoder().encode(["weather"]))[0],
+    )
+    metrics.shadow_differed(TaskKey("weather", 2))
     found: dict[str, set[str]] = {}
     for family in metrics.registry.collect():
         for sample in family.samples:

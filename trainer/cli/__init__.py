@@ -9,6 +9,7 @@ import typer
 
 from trainer.cli import (
     base_models,
+    challenging,
     comparing,
     demo,
     drifting,
@@ -85,6 +86,7 @@ comparing.add_to(evaluation.app)
 app.add_typer(evaluation.app, name="evaluate")
 app.add_typer(base_models.app, name="base")
 app.add_typer(policy.app, name="policy")
+app.add_typer(challenging.app, name="challenger")
 
 
 def main() -> None:

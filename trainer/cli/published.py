@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from trainer.cli.console import fail, out, print_json, print_table
 
 if TYPE_CHECKING:
+    from router.challengers import Challenge
     from router.tasks import TaskRecord
     from trainer.admission import SuspectInput
     from trainer.gate import GateReport
@@ -19,7 +20,14 @@ def print_published(published: Published, as_json: bool) -> None:
     """Print the revision and what the publish did to routing."""
     if as_json:
         gate = published.gate.document() if published.gate else None
-        print_json({"revision": published.revision, "report": published.report, "gate": gate})
+        print_json(
+            {
+                "revision": published.revision,
+                "report": published.report,
+                "gate": gate,
+                **challenges_document(published),
+            }
+        )
         return
     out.print(f"published catalog revision {published.revision}")
     print_effect(published)
@@ -40,9 +48,23 @@ def publish_or_refuse(publish: Callable[[], Published], as_json: bool) -> None:
     print_published(published, as_json)
 
 
+def challenges_document(published: Published) -> dict[str, object]:
+    """The challengers that there are now and those that there are no more, for programs."""
+    return {
+        "challengers": [challenge_fields(each) for each in published.challenges],
+        "ended_challengers": [challenge_fields(each) for each in published.ended],
+    }
+
+
+def challenge_fields(challenge: Challenge) -> dict[str, object]:
+    """What programs are told of a challenger; the share of a shadow is None."""
+    return {"task": challenge.task, "revision": challenge.revision, "share": challenge.share}
+
+
 def print_effect(published: Published) -> None:
     """What the publish did to routing, on the rows that the tasks hold out in turn."""
     report, head = published.report, published.head
+    _print_challenges(published)
     if not head.tasks:
         out.print("no live task is left: every input is unknown now")
         return
@@ -59,6 +81,18 @@ def print_effect(published: Published) -> None:
         )
     else:
         out.print("decisions on old held-out rows that changed: none")
+
+
+def _print_challenges(published: Published) -> None:
+    for each in published.challenges:
+        what = "a shadow: it decides, and never answers"
+        if each.share is not None:
+            what = f"it answers {each.share_text} of the request keys"
+        out.print(f"challenger {each.key}: {what}", markup=False, highlight=False)
+    for each in published.ended:
+        is_live = each.key in published.head.tasks
+        what = "the current revision now" if is_live else "tried no more"
+        out.print(f"{each.key} is {what}", markup=False, highlight=False)
 
 
 def summary(record: TaskRecord) -> dict[str, object]:

@@ -14,7 +14,7 @@ from trainer.cli.console import (
     print_error,
     print_table,
 )
-from trainer.cli.published import print_effect, print_gate, summary
+from trainer.cli.published import challenges_document, print_effect, print_gate, summary
 
 if TYPE_CHECKING:
     from router.tasks import TaskRecord
@@ -32,6 +32,7 @@ def registered_document(result: Registered) -> dict[str, object]:
         "report": result.published.report if result.published else None,
         "gate": gate.document() if gate else None,
         "suspects": [asdict(suspect) for suspect in result.suspects],
+        **(challenges_document(result.published) if result.published else {}),
     }
 
 

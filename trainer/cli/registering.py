@@ -80,6 +80,14 @@ def register(
     revise: Annotated[
         bool, typer.Option("--revise", help="Add the next revision of a task that exists.")
     ] = False,
+    challenger: Annotated[
+        str,
+        typer.Option(
+            metavar="SHARE|shadow",
+            help="With --revise: try that revision beside the current one, on a share of the "
+            "request keys (10%), or as a shadow that only decides; see `promptyard challenger`.",
+        ),
+    ] = "",
     no_prompt: Annotated[
         bool, typer.Option("--no-prompt", help="Register for routing only; outputs are not read.")
     ] = False,
@@ -175,6 +183,7 @@ def register(
     promptyard register refunds --data refunds.jsonl --instruction "Approve or reject?"
     promptyard register --manifest tasks.yaml
     promptyard register refunds --revise --data more.jsonl
+    promptyard register refunds --revise --data more.jsonl --challenger 10%
 
     Rows are {"input": ..., "output": ...}; an output may be a list of labels, `context` retrieved
     passages, `rejected` outputs to make less probable. Running servers pick the new task up by
@@ -192,6 +201,10 @@ def register(
                 "give either a task's NAME and --data, or --manifest",
             )
         if manifest is not None:
+            if challenger:
+                raise InvalidInputError(
+                    "--challenger", challenger, "give it with a task's NAME, without --manifest"
+                )
             requests: Sequence[RegisterTask] = read_manifest(manifest)
             in_manifest = read_tuning(manifest)
         else:
@@ -214,6 +227,7 @@ def register(
                     prompt_from=prompt_from,
                     metric=metric,
                     template=template,
+                    challenger=challenger,
                 )
             ]
         result = _register(

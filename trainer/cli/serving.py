@@ -36,7 +36,7 @@ from trainer.cli.console import (
 
 if TYPE_CHECKING:
     from router.answer import AnswerEvent
-    from router.decision import Decision
+    from router.decision import Decision, ShadowDecision, Side
     from router.explanation import Explanation
     from router.rejection import RejectionPolicy
     from router.routing import Router
@@ -54,6 +54,15 @@ OnUnknown = Annotated[
     ),
 ]
 
+RequestKey = Annotated[
+    str,
+    typer.Option(
+        metavar="KEY",
+        help="Whose request it is: where a challenger shares the texts of a task, all requests of "
+        "one key are answered by the same revision, those without one by the current one.",
+    ),
+]
+
 
 def add_to(app: typer.Typer) -> None:
     """Mount the commands."""
@@ -66,6 +75,7 @@ def route(
     texts: Texts,
     top_k: Annotated[int, typer.Option(min=0, max=100, help="Candidates to list.")] = 0,
     on_unknown: OnUnknown = None,
+    request_key: RequestKey = "",
     explain: Annotated[
         bool,
         typer.Option(
@@ -89,15 +99,19 @@ def route(
         at = None if server is None else server_at(server, token, tls, tls_ca, tls_cert, tls_key)
         settings = ServerSettings(home=home_folder(home), encoder=encoder, base_model=None)
         if explain:
-            _explain(texts, top_k, policy, at, settings, as_json)
+            _explain(texts, top_k, policy, request_key, at, settings, as_json)
             return
         if at is not None:
             decisions = remote(
-                at, as_json, lambda client: client.batch_route(texts, top_k, on_unknown=policy)
+                at,
+                as_json,
+                lambda client: client.batch_route(
+                    texts, top_k, on_unknown=policy, request_key=request_key
+                ),
             )
         else:
             decisions = in_process(
-                settings, lambda router: router.route_batch(texts, top_k, policy)
+                settings, lambda router: router.route_batch(texts, top_k, policy, request_key)
             )
         if as_json:
             print_json(
@@ -129,6 +143,7 @@ def _explain(
     texts: Sequence[str],
     top_k: int,
     policy: RejectionPolicy | None,
+    request_key: str,
     server: ServerAt | None,
     settings: ServerSettings,
     as_json: bool,
@@ -139,12 +154,15 @@ def _explain(
         explained = remote(
             server,
             as_json,
-            lambda client: [client.explain(text, top_k, on_unknown=policy) for text in texts],
+            lambda client: [
+                client.explain(text, top_k, on_unknown=policy, request_key=request_key)
+                for text in texts
+            ],
         )
     else:
 
         async def explain_all(router: Router) -> list[tuple[Decision, Explanation]]:
-            return [await router.explain(text, top_k, policy) for text in texts]
+            return [await router.explain(text, top_k, policy, request_key) for text in texts]
 
         explained = in_process(settings, explain_all)
     if as_json:
@@ -167,6 +185,7 @@ def generate(
     ] = None,
     max_output_tokens: Annotated[int, typer.Option(help="0: the default.")] = 0,
     on_unknown: OnUnknown = None,
+    request_key: RequestKey = "",
     server: Server = None,
     token: AccessToken = "",
     tls: UseTls = False,
@@ -194,6 +213,7 @@ def generate(
                             context=passages,
                             max_output_tokens=max_output_tokens,
                             on_unknown=policy,
+                            request_key=request_key,
                         )
                     )
                     for text in texts
@@ -211,6 +231,7 @@ def generate(
                             context=passages,
                             max_output_tokens=max_output_tokens,
                             on_unknown=policy,
+                            request_key=request_key,
                         )
                     ]
                     for text in texts
@@ -282,6 +303,29 @@ def _decision_fields(text: str, decision: Decision) -> dict[str, object]:
             {"task": c.task.name, "score": c.score, "threshold": c.threshold}
             for c in decision.candidates
         ],
+        "side": _side_fields(decision.side) if decision.side else None,
+        "shadows": [_shadow_fields(shadow) for shadow in decision.shadows],
+    }
+
+
+def _side_fields(side: Side) -> dict[str, object]:
+    return {
+        "task": side.challenger.name,
+        "current_revision": side.current.revision,
+        "challenger_revision": side.challenger.revision,
+        "by_challenger": side.by_challenger,
+    }
+
+
+def _shadow_fields(shadow: ShadowDecision) -> dict[str, object]:
+    return {
+        "shadow_of": shadow.challenger.name,
+        "shadow_revision": shadow.challenger.revision,
+        "outcome": shadow.outcome.value,
+        "task": shadow.task.name if shadow.task else None,
+        "task_revision": shadow.task.revision if shadow.task else None,
+        "score": _finite(shadow.score),
+        "differs": shadow.differs,
     }
 
 
