@@ -144,7 +144,9 @@ class SnapshotLoader:
         record = catalog.record(key)
         try:
             prompt = self._prompt(record)
-            classifier = read_classifier(self._artifacts, record) if prompt is not None else None
+            classifier = None
+            if prompt is not None:
+                classifier = read_classifier(self._artifacts, record, self._models.dimension)
             return ServedTask(record, prompt, classifier=classifier)
         except PromptyardError as error:
             _log.warning("task out of service", task=str(key), problem=str(error))
@@ -248,16 +250,18 @@ def read_prompt(artifacts: ArtifactReader, record: TaskRecord) -> FloatArray:
     return cast("FloatArray", values)
 
 
-def read_classifier(artifacts: ArtifactReader, record: TaskRecord) -> LabelClassifier | None:
-    """The label classifier of a task; None where it has none.
+def read_classifier(
+    artifacts: ArtifactReader, record: TaskRecord, dimension: int
+) -> LabelClassifier | None:
+    """The label classifier of a task, for embeddings `[D]`; None where it has none.
 
     Raises:
-        CorruptArtifactError: missing, damaged, or not for as many labels as the task has.
+        CorruptArtifactError: missing, damaged, or not for as many dimensions or labels.
     """
     about = record.classifier
     if about is None:
         return None
-    rows = artifacts.read_tensor(about.sha256, CLASSIFIER_TENSOR, np.float32)
+    rows = artifacts.read_tensor(about.sha256, CLASSIFIER_TENSOR, np.float32, dimension + 1)
     if len(rows) != len(record.outputs or ()):
         raise CorruptArtifactError(
             f"label classifier of {record.key}", f"{len(rows)} labels", "register the task again"

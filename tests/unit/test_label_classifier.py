@@ -187,11 +187,15 @@ def test_a_damaged_classifier_takes_its_task_out_of_service(
     assert snapshot.task("other").problem == ""
 
 
-def test_a_classifier_of_other_labels_is_refused(workshop: Workshop, tmp_path: Path) -> None:
+def test_a_classifier_of_other_labels_or_dimensions_is_refused(
+    workshop: Workshop, tmp_path: Path
+) -> None:
     record = registered(workshop, two_labels(tmp_path))
     more = replace(record, outputs=("no", "yes", "perhaps"))
     with pytest.raises(trainer.register.PromptyardError, match="2 labels"):
-        read_classifier(workshop.artifacts, more)
+        read_classifier(workshop.artifacts, more, DIMENSION)
+    with pytest.raises(trainer.register.PromptyardError, match="25 columns, not 8"):
+        read_classifier(workshop.artifacts, record, 7)
 
 
 # Serving
