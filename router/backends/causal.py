@@ -83,18 +83,6 @@ class CausalLanguageModel(TorchLanguageModel):
         )
         return Started(out.logits[:, -1], out.past_key_values, mask)
 
-    def _generation_inputs(self, rows: Sequence[Row]) -> dict[str, object]:
-        embeddings, mask, cache = self._read(rows)
-        if cache is None:
-            return {"inputs_embeds": embeddings, "attention_mask": mask}
-        # `generate` takes what was cached to be part of its input, and cuts that off.
-        cached = embeddings.new_zeros(len(rows), cache.get_seq_length(), embeddings.shape[2])
-        return {
-            "inputs_embeds": torch.cat([cached, embeddings], dim=1),
-            "attention_mask": mask,
-            "past_key_values": cache,
-        }
-
     def _continue(self, started: Started, ids: Tensor) -> Tensor:
         mask = torch.cat([started.mask, started.mask.new_ones(ids.shape)], dim=1)
         out = self.network(
@@ -106,6 +94,11 @@ class CausalLanguageModel(TorchLanguageModel):
         )
         logits: Tensor = out.logits
         return logits
+
+    def _advance(self, started: Started, ids: Tensor) -> Started:
+        logits = self._continue(started, ids)[:, -1]
+        mask = torch.cat([started.mask, started.mask.new_ones(ids.shape)], dim=1)
+        return Started(logits, started.cache, mask)
 
     def negative_log_likelihood(
         self, rows: Sequence[Row], outputs: Sequence[Sequence[int]]

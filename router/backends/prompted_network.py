@@ -248,9 +248,14 @@ class PromptedNetwork(ABC):
     def _lay_out(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         return lay_out(rows, self._embed, self._pad_id, pad_left=self.shares_window)
 
-    def _rows(
+    def rows_of(
         self, inputs: Sequence[PromptedInput], output_tokens: Sequence[int]
     ) -> list[tuple[Row, TextTokens]]:
+        """The rows of `inputs`, whose outputs have at most so many tokens, and their texts.
+
+        Raises:
+            IncompatibleModelError: a prompt is of another width, or too long for the window.
+        """
         tensors: dict[int, Tensor] = {}
         for row in inputs:
             if row.prompt is not None and id(row.prompt) not in tensors:
