@@ -210,7 +210,7 @@ class GenerationQueue:
         self._no_longer_waiting(joined)
         seconds = time.perf_counter() - began
         for row in joined:
-            row.seconds += seconds / len(joined)
+            row.seconds = seconds / len(joined)
             self._rows[row.prepared] = row
             self._observer.stage_ended(f"{_NAME}_wait", began - row.since)
         if joined:
@@ -229,8 +229,11 @@ class GenerationQueue:
         seconds = time.perf_counter() - began
         self._observer.stage_ended(f"{_NAME}_step", seconds)
         self._observer.batch_ended(_NAME, len(self._rows))
+        # Where nobody waits for a place, more rows could have shared the step: what it would then
+        # have taken, nobody knows, and it is no reason to refuse any.
+        sharing = len(self._rows) if self._waiting else self._limits.batch_items
         for row in self._rows.values():
-            row.seconds += seconds / len(self._rows)
+            row.seconds += seconds / sharing
         events: list[tuple[_Row, _Event]] = []
         for each in written:
             row = self._rows[each.row]

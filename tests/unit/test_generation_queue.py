@@ -13,7 +13,7 @@ from router.errors import OverloadedError
 from router.generation_queue import GenerationQueue
 from router.interfaces import Generation, PromptedInput
 from router.turns import Turns
-from tests.fakes import FakeLanguageModel
+from tests.fakes import FakeLanguageModel, FakeRunningBatch
 
 LIMITS = BatchLimits(queue_items=8, batch_items=3, batch_tokens=4096)
 
@@ -188,6 +188,50 @@ async def test_a_full_queue_refuses_and_what_waited_too_long_is_refused(
         await stale.task
     await asyncio.gather(running.task, late.task)
     assert (running.pieces, late.pieces) == (["RUNNING "], ["LATE "])
+
+
+async def test_what_would_have_to_wait_too_long_is_refused_but_not_for_answers_that_were_alone(
+    queues: Make, model: FakeLanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr("router.generation_queue.time", clock)
+    monkeypatch.setattr(FakeRunningBatch, "step", clock.taking_a_second(FakeRunningBatch.step))
+    limits = BatchLimits(queue_items=100, batch_items=2, batch_tokens=4096, queue_seconds=6.0)
+    queue = queues(limits)
+    for _ in range(3):  # two seconds each, which another answer could have shared
+        await Call(queue, "alone", 9).task
+    model.blocked.clear()
+    model.batches.clear()
+    burst = [Call(queue, "a")]
+    await until(lambda: model.batches)
+    burst += [Call(queue, f"b{n}") for n in range(20)]
+    await until(lambda: queue.unfinished + sum(call.task.done() for call in burst) == 21)
+    refused = [call for call in burst if call.task.done()]
+    assert queue.unfinished == 7  # one second each: the eighth would wait for seven
+    for call in refused:
+        with pytest.raises(OverloadedError, match=r"generating queue: 7 waiting, for 7\.0 s"):
+            await call.task
+    for call in burst:
+        call.task.cancel()
+    model.blocked.set()
+    await asyncio.gather(*(call.task for call in burst), return_exceptions=True)
+
+
+class Clock:
+    """Stands in for the module `time`; an hour is nothing to it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def taking_a_second(self, work: Callable[..., object]) -> Callable[..., object]:
+        def slowed(*args: object) -> object:
+            self.now += 1.0
+            return work(*args)
+
+        return slowed
 
 
 async def test_others_get_their_turn_while_rows_are_written(
