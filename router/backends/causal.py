@@ -11,11 +11,13 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from router.backends.cached_prefixes import cache_of_prefixes, check_cache, prefix_of_cache
+from router.backends.prompt_memory import ReadPrompt
 from router.backends.prompted_network import PrefixShape
 from router.backends.rows import IGNORED, Row, token_losses
 from router.backends.seq2seq import split_special_tokens
 from router.backends.started import Started
 from router.backends.torch_model import TorchLanguageModel
+from router.errors import IncompatibleModelError
 
 # Stands between the text and the output, as the end of the text's line.
 _SEPARATOR = "\n"
@@ -59,6 +61,20 @@ class CausalLanguageModel(TorchLanguageModel):
                 inputs_embeds=prompt.detach()[None].to(self.embedding.dtype), use_cache=True
             ).past_key_values
         return prefix_of_cache(cache, shape)
+
+    @cached_property
+    def _takes_prefixes(self) -> bool:
+        try:
+            return self.prefix_shape.layers > 0
+        except IncompatibleModelError:
+            return False
+
+    def _share(self, prompt: ReadPrompt) -> ReadPrompt:
+        # Nothing before a token depends on what follows it: the keys and values of the prompt are
+        # the same for all texts, and are computed once for all rows of a task.
+        if prompt.method == "prefix" or not self._takes_prefixes:
+            return prompt
+        return ReadPrompt(self.keys_and_values(prompt.tensor), "prefix")
 
     def _read(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor, DynamicCache | None]:
         """Embeddings `[B, S, H]` of what follows the prefixes, the whole mask, the prefixes."""

@@ -69,7 +69,10 @@ _Asked = tuple[str, tuple[PromptMethod, int, int] | None, int]
 
 
 def row_of(model: TorchLanguageModel, asked: _Asked) -> PromptedInput:
-    """A row with a prompt of that method, length and seed; a sliding window takes no prefix."""
+    """A row with a prompt of that method, length and seed; a sliding window takes no prefix.
+
+    Prompts of odd seeds are those of served tasks, which causal models read once.
+    """
     text, chosen, _ = asked
     if chosen is None:
         return PromptedInput(text, None)
@@ -77,9 +80,11 @@ def row_of(model: TorchLanguageModel, asked: _Asked) -> PromptedInput:
     random = torch.Generator().manual_seed(seed)
     ids = torch.randint(model.vocabulary_size, (length,), generator=random).tolist()
     prompt = model.token_embeddings(ids)
-    if method == "prompt" or not model.mixes_lengths:
-        return PromptedInput(text, prompt.numpy())
-    return PromptedInput(text, model.keys_and_values(prompt).numpy(), "prefix")
+    if not model.mixes_lengths:
+        method = "prompt"
+    values = (prompt if method == "prompt" else model.keys_and_values(prompt)).numpy().copy()
+    values.setflags(write=not seed % 2)
+    return PromptedInput(text, values, method)
 
 
 class Writing:
