@@ -5,17 +5,16 @@ A task with a closed set of outputs gets the most probable one; a task of free t
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 
-from router.batching import BatchLimits, MicroBatcher
+from router.batching import BatchLimits, MicroBatcher, about_tokens
+from router.generation_queue import GenerationQueue
 from router.interfaces import Generation, LanguageModel, Observer, PromptedInput, Scores
 from router.label_classifier import LabelEvidence
 from router.observing import UNOBSERVED
-
-# Only used to put inputs of similar length together; a token is rarely shorter.
-_BYTES_PER_TOKEN = 4
+from router.turns import Turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,92 +37,74 @@ class Question:
         return self.evidence.best(scores.log_probabilities)
 
 
-@dataclass(slots=True, eq=False)
-class _Row:
-    """A question in the queue; `on_piece` and `cancelled` are called in the worker thread."""
-
-    question: Question
-    on_piece: Callable[[str], None]
-    cancelled: bool = False
-
-
 class Answerer:
-    """Answers questions; those of concurrent calls share the base model's batches."""
+    """Answers questions; those of concurrent calls share the base model's batches.
+
+    Labels are scored in batches, free text is written by one running batch. The two take turns with
+    the model.
+    """
 
     def __init__(
-        self, model: LanguageModel, limits: BatchLimits, observer: Observer = UNOBSERVED
+        self,
+        model: LanguageModel,
+        limits: BatchLimits,
+        observer: Observer = UNOBSERVED,
+        turns: Turns | None = None,
     ) -> None:
+        """`limits` hold for labels and for free text, each; `turns` are shared by users of `model`.
+
+        `observer` is told of the queues `scoring` and `generating`.
+        """
         self.model = model
-        self._batcher = MicroBatcher(
-            self._work, _estimate_tokens, limits, name="answering", kind=_kind, observer=observer
+        self._turns = turns or Turns()
+        self._scoring = MicroBatcher(
+            self._choose, _count_tokens, limits, name="scoring", observer=observer
         )
+        self._generating = GenerationQueue(model, limits, self._turns, observer)
 
     @property
-    def queued(self) -> int:
-        """Questions that are waiting or being answered."""
-        return self._batcher.unfinished
+    def queued(self) -> dict[str, int]:
+        """Questions in each queue, those that are being answered included."""
+        return {
+            "scoring": self._scoring.unfinished,
+            "generating": self._generating.unfinished,
+        }
 
     async def answer(self, question: Question) -> AsyncGenerator[str | Generation]:
         """Pieces of text as they become final, then the whole `Generation`.
 
-        Closing the iterator stops the row at the model's next step, and frees its place.
+        Closing the iterator takes the question out of its queue, and free text out of the running
+        batch before its next step.
 
         Raises:
             OverloadedError: too many questions are waiting.
         """
-        loop = asyncio.get_running_loop()
-        pieces: asyncio.Queue[str | None] = asyncio.Queue()
-
-        def on_piece(piece: str) -> None:
-            loop.call_soon_threadsafe(pieces.put_nowait, piece)
-
-        row = _Row(question, on_piece)
-        batch = asyncio.ensure_future(self._batcher.submit([row]))
-
-        def on_done(done: asyncio.Future[list[Generation]]) -> None:
-            # The batch ends after its last piece was put, so that None comes last. Asking for
-            # the exception keeps asyncio from reporting one that nobody is left to wait for.
-            pieces.put_nowait(None)
-            if not done.cancelled():
-                done.exception()
-
-        batch.add_done_callback(on_done)
-        try:
-            while (piece := await pieces.get()) is not None:
-                yield piece
-            [generation] = await batch
+        if question.outputs is not None:
+            [generation] = await self._scoring.submit([question])
+            yield generation.text
             yield generation
-        finally:
-            row.cancelled = True
-            batch.cancel()
+            return
+        written = self._generating.write(question.input, question.max_output_tokens)
+        async with aclosing(written) as steps:
+            async for step in steps:
+                yield step
 
     def close(self) -> None:
-        """Wait for the batch that is running and end its thread."""
-        self._batcher.close()
+        """Wait for the batch of scores and the step that are running, and end the threads."""
+        self._generating.close()
+        self._scoring.close()
 
-    def _work(self, rows: Sequence[_Row]) -> list[Generation]:
-        if rows[0].question.outputs is not None:
-            return self._choose(rows)
-        return self.model.generate(
-            [row.question.input for row in rows],
-            rows[0].question.max_output_tokens,
-            on_piece=lambda position, piece: rows[position].on_piece(piece),
-            cancelled=lambda position: rows[position].cancelled,
-        )
-
-    def _choose(self, rows: Sequence[_Row]) -> list[Generation]:
-        inputs = [row.question.input for row in rows]
-        outputs = [row.question.outputs or () for row in rows]
+    def _choose(self, questions: Sequence[Question]) -> list[Generation]:
+        """In the worker thread: the most probable output of each question."""
+        outputs = [question.outputs or () for question in questions]
+        with self._turns:
+            scored = self.model.score([question.input for question in questions], outputs)
         answers = []
-        for row, candidates, scores in zip(
-            rows, outputs, self.model.score(inputs, outputs), strict=True
-        ):
-            chosen = row.question.choose(scores)
-            label = candidates[chosen]
-            row.on_piece(label)
+        for question, candidates, scores in zip(questions, outputs, scored, strict=True):
+            chosen = question.choose(scores)
             answers.append(
                 Generation(
-                    label,
+                    candidates[chosen],
                     "label",
                     scores.input_tokens,
                     scores.output_tokens[chosen],
@@ -133,10 +114,5 @@ class Answerer:
         return answers
 
 
-def _estimate_tokens(rows: Sequence[_Row]) -> list[int]:
-    return [len(row.question.input.text.encode()) // _BYTES_PER_TOKEN + 1 for row in rows]
-
-
-def _kind(row: _Row) -> int:
-    """Rows of one batch are all scored, or all generated to the same length."""
-    return 0 if row.question.outputs is not None else row.question.max_output_tokens
+def _count_tokens(questions: Sequence[Question]) -> list[int]:
+    return [about_tokens(question.input.text) for question in questions]

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from router.errors import OverloadedError
 from router.observing import UNOBSERVED
+from router.pace import Pace
 
 if TYPE_CHECKING:
     from router.interfaces import Observer
@@ -22,12 +22,14 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Of so many last batches the middle one says how fast the work goes: one that stalled does not.
-_TIMED_BATCHES = 9
-_LEAST_TIMED_BATCHES = 3
-_MOST_RETRY_SECONDS = 5.0
-# How far down the queue items of one kind are looked for, in batches.
-_LOOK_AHEAD_BATCHES = 4
+
+# A token is rarely shorter.
+_BYTES_PER_TOKEN = 4
+
+
+def about_tokens(text: str) -> int:
+    """About how many tokens a text has, where no tokenizer is at hand."""
+    return len(text.encode()) // _BYTES_PER_TOKEN + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +79,10 @@ class MicroBatcher(Generic[Item, Result]):
         limits: BatchLimits,
         *,
         name: str,
-        kind: Callable[[Item], Hashable] = lambda _: None,
         prepare_thread: Callable[[], object] | None = None,
         observer: Observer = UNOBSERVED,
     ) -> None:
-        """`work` gives one result per item; only items of equal `kind` share a batch.
+        """`work` gives one result per item.
 
         `prepare_thread` runs once, first of all, in the worker thread. `observer` is told the
         stages `NAME_wait` and `NAME_work`, and the sizes of the batches.
@@ -90,13 +91,11 @@ class MicroBatcher(Generic[Item, Result]):
         self._count_tokens = count_tokens
         self._limits = limits
         self._name = name
-        self._kind = kind
         self._observer = observer
         self._waiting: list[_Entry[Item, Result]] = []
         self._unfinished = 0
         self._busy = False
-        # Seconds per item of the last batches. Replaced as a whole: two threads look at it.
-        self._timed: tuple[float, ...] = ()
+        self._pace = Pace(name, limits.queue_items, limits.queue_seconds)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=prepare_thread)
 
     @property
@@ -111,7 +110,7 @@ class MicroBatcher(Generic[Item, Result]):
             OverloadedError: the queue cannot hold them, or they waited too long in it.
             Exception: what `work` raised for a batch that one of them was in.
         """
-        self._admit(len(items))
+        self._pace.admit(len(items), self._unfinished)
         loop = asyncio.get_running_loop()
         call: _Call[Result] = _Call(loop.create_future(), len(items), {})
         self._unfinished += len(items)
@@ -126,22 +125,6 @@ class MicroBatcher(Generic[Item, Result]):
         finally:
             self._unfinished -= len(items)
 
-    def _admit(self, items: int) -> None:
-        wait = self._unfinished * self._seconds_per_item()
-        too_slow = wait > self._limits.queue_seconds
-        if too_slow or self._unfinished + items > self._limits.queue_items:
-            found = f"{self._unfinished} waiting" + (f", for {wait:.1f} s" if too_slow else "")
-            # By then half of them are done, if nobody else comes.
-            retry_after = min(max(wait / 2, 0.1), _MOST_RETRY_SECONDS)
-            raise OverloadedError(
-                f"{self._name} queue", found, "try again a little later", retry_after
-            )
-
-    def _seconds_per_item(self) -> float:
-        """How long an item takes of late; 0 while nobody can tell."""
-        timed = sorted(self._timed)
-        return timed[len(timed) // 2] if len(timed) >= _LEAST_TIMED_BATCHES else 0.0
-
     def close(self) -> None:
         """Wait for the batch that is running and end the thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)
@@ -152,24 +135,18 @@ class MicroBatcher(Generic[Item, Result]):
         self._waiting = [entry for entry in self._waiting if not entry.call.done.done()]
         self._busy = bool(self._waiting)
         if self._busy:
-            window = self._waiting[: self._limits.batch_items * _LOOK_AHEAD_BATCHES]
+            window = self._waiting[: self._limits.batch_items]
             batch = loop.run_in_executor(self._thread, self._run_batch, window)
             batch.add_done_callback(self._finish_batch)
 
     def _refuse_stale(self) -> None:
         """Fail calls that waited too long, so that those behind them do not wait as long."""
-        oldest = time.perf_counter() - self._limits.queue_seconds
+        now = time.perf_counter()
         for entry in self._waiting:
-            if entry.since > oldest:
+            if not self._pace.is_stale(now - entry.since):
                 break  # the queue is in the order of arrival
             if not entry.call.done.done():
-                entry.call.done.set_exception(
-                    OverloadedError(
-                        f"{self._name} queue",
-                        f"waited over {self._limits.queue_seconds:g} s",
-                        "try again a little later",
-                    )
-                )
+                entry.call.done.set_exception(self._pace.stale())
 
     def _run_batch(
         self, window: Sequence[_Entry[Item, Result]]
@@ -184,7 +161,7 @@ class MicroBatcher(Generic[Item, Result]):
                 self._observer.stage_ended(f"{self._name}_wait", began - entry.since)
             results = self._work([entry.item for entry in batch])
             seconds = time.perf_counter() - began
-            self._timed = (*self._timed[1 - _TIMED_BATCHES :], seconds / len(batch))
+            self._pace.note(seconds / len(batch))
             self._observer.stage_ended(f"{self._name}_work", seconds)
             self._observer.batch_ended(self._name, len(batch))
             if len(results) != len(batch):
@@ -194,19 +171,16 @@ class MicroBatcher(Generic[Item, Result]):
             return batch, error
 
     def _choose(self, window: Sequence[_Entry[Item, Result]]) -> list[_Entry[Item, Result]]:
-        """The oldest entry and the next ones of its kind, as long as the tokens suffice."""
+        """The oldest entry and the next ones, as long as the tokens suffice."""
         uncounted = [entry for entry in window if not entry.tokens]
         counts = self._count_tokens([entry.item for entry in uncounted])
         for entry, tokens in zip(uncounted, counts, strict=True):
             entry.tokens = max(tokens, 1)
-        kind = self._kind(window[0].item)
         batch: list[_Entry[Item, Result]] = []
         tokens_left = self._limits.batch_tokens
         for entry in window:
-            if self._kind(entry.item) != kind:
-                continue
             tokens_left -= entry.tokens
-            if len(batch) == self._limits.batch_items or (batch and tokens_left < 0):
+            if batch and tokens_left < 0:
                 break
             batch.append(entry)
         return batch

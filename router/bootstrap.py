@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from router.observing import UNOBSERVED
 from router.routing import Router
 from router.settings import DEFAULT_ENCODER, ServerSettings
 from router.tenants import tenant_home
+from router.turns import Turns, TurnTakingEncoder
 
 if TYPE_CHECKING:
     from router.decision_log import DecisionLog
@@ -69,11 +70,15 @@ def load_base_model(
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """The models of a process, and what they demand of a catalog."""
+    """The models of a process, and what they demand of a catalog.
+
+    Whoever answers with the base model takes `turns`.
+    """
 
     encoder: Encoder
     base_model: LanguageModel | None
     served: ServedModels
+    turns: Turns = field(default_factory=Turns)
 
 
 def load_models(settings: ServerSettings) -> Models:
@@ -124,15 +129,9 @@ def open_routers(
     """
     from router.decision_log import DecisionLog
     from router.tenant_routers import TenantRouters
-    from router.turns import TurnTakingEncoder, TurnTakingModel
 
     if settings.tokens is not None:  # which may name tenants, now or later
-        base_model = models.base_model
-        models = replace(
-            models,
-            encoder=TurnTakingEncoder(models.encoder),
-            base_model=None if base_model is None else TurnTakingModel(base_model),
-        )
+        models = replace(models, encoder=TurnTakingEncoder(models.encoder))
     log = None
     if settings.decision_log is not None:
         log = DecisionLog(
@@ -180,7 +179,7 @@ def router_over(
         live.start()
         answerer = None
         if models.base_model is not None:
-            answerer = Answerer(models.base_model, settings.answer_batches, observer)
+            answerer = Answerer(models.base_model, settings.answer_batches, observer, models.turns)
             closing.callback(answerer.close)
         if settings.cache_mib > 0:
             encoder = CachingEncoder(encoder, int(settings.cache_mib * 2**20), observer)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from router.tasks import PromptMethod, TaskKey
 
 FloatArray = NDArray[np.float32]
 
-FinishReason = Literal["stop", "length", "label", "cancelled"]
+FinishReason = Literal["stop", "length", "label"]
 
 # Who decided, of a task that has a challenger. `no_key`: the current revision, as the request had
 # no key by which to choose.
@@ -92,8 +92,56 @@ class Scores:
         return int(np.argmax(self.log_probabilities))
 
 
+RunningRow = TypeVar("RunningRow")
+
+
+@dataclass(frozen=True, slots=True)
+class Written(Generic[RunningRow]):
+    """What a step made of one row: text that became final, and the answer where it has ended.
+
+    The pieces of a row concatenate to its `Generation.text`.
+    """
+
+    row: RunningRow
+    piece: str
+    generation: Generation | None
+
+
+class RunningBatch(Protocol[RunningRow]):
+    """Answers that a base model is writing, all by one token a step.
+
+    Rows join and leave between steps, and what is written for a row depends on no other row.
+    Belongs to one thread at a time.
+    """
+
+    def __len__(self) -> int:
+        """Rows that are being written."""
+
+    def prepare(self, item: PromptedInput, max_new_tokens: int) -> RunningRow:
+        """A row that can join. Where the window is short, it writes fewer tokens.
+
+        Raises:
+            PromptyardError: this row cannot be answered.
+        """
+
+    def join(self, rows: Sequence[RunningRow]) -> int:
+        """Read the first ones of `rows`, as many as there is room for; returns how many.
+
+        It is at least one where the batch is empty. None has joined where an error is raised.
+        """
+
+    def step(self) -> list[Written[RunningRow]]:
+        """Write the next token of every row. Rows whose answer has ended leave.
+
+        The batch cannot be used any more where an error is raised.
+        """
+
+    def drop(self, row: RunningRow) -> None:
+        """Let a row leave before it has ended."""
+
+
 class LanguageModel(Protocol):
-    """A frozen base model.
+    """A frozen base model. Thread-safe.
 
     Rows of one batch may carry different prompts of different methods and lengths.
     """
@@ -118,18 +166,11 @@ class LanguageModel(Protocol):
         The sum over the output's tokens and the end token, in nats.
         """
 
-    def generate(
-        self,
-        inputs: Sequence[PromptedInput],
-        max_new_tokens: int,
-        on_piece: Callable[[int, str], None] | None = None,
-        cancelled: Callable[[int], bool] | None = None,
-    ) -> list[Generation]:
-        """Greedy answers, one per row.
+    def start_batch(self) -> RunningBatch[Any]:
+        """An empty batch of greedy answers, for rows to join. There may be several."""
 
-        `on_piece(row, text)` is called as text becomes final (the pieces of a row concatenate to
-        its `Generation.text`); a row for which `cancelled(row)` turns true stops at the next step.
-        """
+    def generate(self, inputs: Sequence[PromptedInput], max_new_tokens: int) -> list[Generation]:
+        """Greedy answers, one per row: what a running batch writes for them."""
 
 
 class Observer(Protocol):
@@ -148,7 +189,7 @@ class Observer(Protocol):
         """A stage of the work (`routing_wait`, `routing_encode`, ...) took that long."""
 
     def batch_ended(self, queue: str, items: int) -> None:
-        """So many items of a queue (`routing`, `answering`) were worked on together."""
+        """So many items of a queue (`routing`, `scoring`, ...) were worked on together."""
 
     def cache_used(self, *, hits: int, misses: int) -> None:
         """So many texts of a batch had a remembered embedding, so many did not."""

@@ -228,7 +228,7 @@ def read_statistics(artifacts: ArtifactReader, record: TaskRecord) -> TaskStatis
 
 
 def read_prompt(artifacts: ArtifactReader, record: TaskRecord) -> FloatArray:
-    """The soft prompt `[P, W]` of a task that has one.
+    """The soft prompt `[P, W]` of a task that has one; the array cannot be written to.
 
     Raises:
         CorruptArtifactError: missing, damaged, of another shape, or of a method that this version
@@ -247,6 +247,7 @@ def read_prompt(artifacts: ArtifactReader, record: TaskRecord) -> FloatArray:
         raise CorruptArtifactError(
             f"prompt of {record.key}", f"{len(values)} tokens, not {prompt.tokens}", "restore it"
         )
+    values.setflags(write=False)  # so that what was computed from it can be kept
     return cast("FloatArray", values)
 
 

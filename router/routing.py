@@ -128,7 +128,7 @@ class Router:
         """Texts in each queue, those that are being worked on included."""
         queued = {"routing": self._batcher.unfinished}
         if self.answerer is not None:
-            queued["answering"] = self.answerer.queued
+            queued |= self.answerer.queued
         return queued
 
     async def route(
@@ -379,10 +379,13 @@ def _listing(decision: Decision, top_k: int) -> Decision:
 
 
 def _summary(generation: Generation, prompt: SoftPrompt) -> AnswerSummary:
-    # A row that was cancelled has nobody left to read this; LENGTH is then as good as any.
-    reasons = {"stop": FinishReason.STOP, "label": FinishReason.LABEL}
+    reasons = {
+        "stop": FinishReason.STOP,
+        "length": FinishReason.LENGTH,
+        "label": FinishReason.LABEL,
+    }
     return AnswerSummary(
-        reasons.get(generation.finish_reason, FinishReason.LENGTH),
+        reasons[generation.finish_reason],
         generation.input_tokens,
         len(prompt.values),
         generation.output_tokens,

@@ -1,24 +1,18 @@
-"""Models that several tenants share: their batches take turns, in the order in which they came.
+"""Models that several queues share: they take turns, in the order in which they came.
 
-Every tenant has one batch of texts and one of answers in line at a time, however long its queues
-are, so that a tenant under load makes another wait for a batch and not for its queue.
+Every tenant has one batch of texts, one of scored answers and one running batch in line at a time,
+however long its queues are, so that a tenant under load makes another wait for a batch and not for
+its queue.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 
-from router.interfaces import (
-    Embeddings,
-    Encoder,
-    Generation,
-    LanguageModel,
-    PromptedInput,
-    Scores,
-)
+from router.interfaces import Embeddings, Encoder
 
 
 class Turns:
@@ -81,44 +75,3 @@ class TurnTakingEncoder:
         """See `router.interfaces.Encoder`."""
         with self._turns:
             return self._encoder.encode(texts)
-
-
-class TurnTakingModel:
-    """A base model that works on one batch at a time. Thread-safe."""
-
-    def __init__(self, model: LanguageModel) -> None:
-        self._model = model
-        self._turns = Turns()
-
-    @property
-    def name(self) -> str:
-        """Of the model inside."""
-        return self._model.name
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the model inside."""
-        return self._model.fingerprint
-
-    @property
-    def hidden_size(self) -> int:
-        """H."""
-        return self._model.hidden_size
-
-    def score(
-        self, inputs: Sequence[PromptedInput], outputs: Sequence[Sequence[str]]
-    ) -> list[Scores]:
-        """See `router.interfaces.LanguageModel`."""
-        with self._turns:
-            return self._model.score(inputs, outputs)
-
-    def generate(
-        self,
-        inputs: Sequence[PromptedInput],
-        max_new_tokens: int,
-        on_piece: Callable[[int, str], None] | None = None,
-        cancelled: Callable[[int], bool] | None = None,
-    ) -> list[Generation]:
-        """See `router.interfaces.LanguageModel`."""
-        with self._turns:
-            return self._model.generate(inputs, max_new_tokens, on_piece, cancelled)

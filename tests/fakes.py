@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from router.interfaces import (
     Embeddings,
     FinishReason,
     Generation,
+    LanguageModel,
     PromptedInput,
     Scores,
+    Written,
 )
 from router.routing import Router
 from router.server import RouterServer
@@ -83,8 +85,9 @@ class FakeEncoder:
 class FakeLanguageModel:
     """Scores the outputs that occur in the text best; generates the text's words, one a step.
 
-    `blocked` holds every batch back until it is set; where `slow` is set, `steps` must be released
-    once for every step of generation.
+    `batches` are what was scored or read together. `blocked` holds every one of them back until it
+    is set; where `slow` is set, `steps` must be released once for every step of generation. A text
+    that is in `broken` cannot be read, and a step fails while `broken_step` is set.
     """
 
     name = "fake-base"
@@ -98,12 +101,15 @@ class FakeLanguageModel:
         self.slow = slow
         self.steps = threading.Semaphore(0)
         self.stopped_rows: list[str] = []
+        self.broken: set[str] = set()
+        self.broken_step: Exception | None = None
+        self.room = 1000
 
     def score(
         self, inputs: Sequence[PromptedInput], outputs: Sequence[Sequence[str]]
     ) -> list[Scores]:
         """0 for an output that occurs in the text, -1 for the others. A token is a word."""
-        self._begin(inputs)
+        self.begin(inputs)
         return [
             Scores(
                 np.array([0.0 if label in item.text else -1.0 for label in labels], np.float32),
@@ -114,42 +120,73 @@ class FakeLanguageModel:
             for item, labels in zip(inputs, outputs, strict=True)
         ]
 
-    def generate(
-        self,
-        inputs: Sequence[PromptedInput],
-        max_new_tokens: int,
-        on_piece: Callable[[int, str], None] | None = None,
-        cancelled: Callable[[int], bool] | None = None,
-    ) -> list[Generation]:
+    def start_batch(self) -> FakeRunningBatch:
         """The words of each text in capitals, until they end or `max_new_tokens`."""
-        self._begin(inputs)
-        words = [item.text.upper().split() for item in inputs]
-        written: list[list[str]] = [[] for _ in inputs]
-        reasons: list[FinishReason] = ["stop"] * len(inputs)
-        running = set(range(len(inputs)))
-        while running:
-            if self.slow:
-                assert self.steps.acquire(timeout=20)
-            for row in sorted(running):
-                if cancelled is not None and cancelled(row):
-                    reasons[row] = "cancelled"
-                    self.stopped_rows.append(inputs[row].text)
-                elif len(written[row]) == max_new_tokens:
-                    reasons[row] = "length"
-                elif len(written[row]) < len(words[row]):
-                    written[row].append(f"{words[row][len(written[row])]} ")
-                    if on_piece is not None:
-                        on_piece(row, written[row][-1])
-                    continue
-                running.discard(row)
-        return [
-            Generation("".join(pieces), reason, len(all_words), len(pieces), truncated=False)
-            for pieces, reason, all_words in zip(written, reasons, words, strict=True)
-        ]
+        return FakeRunningBatch(self)
 
-    def _begin(self, inputs: Sequence[PromptedInput]) -> None:
+    def begin(self, inputs: Sequence[PromptedInput]) -> None:
+        """Work on a batch."""
         self.batches.append(list(inputs))
         assert self.blocked.wait(20)
+        for item in inputs:
+            if item.text in self.broken:
+                raise RuntimeError(f"cannot read {item.text}")
+
+
+@dataclass(eq=False)
+class FakeRow:
+    """A row of a `FakeRunningBatch`, and how many of its words were written."""
+
+    item: PromptedInput
+    limit: int
+    words: list[str]
+    written: int = 0
+
+
+class FakeRunningBatch:
+    """See `FakeLanguageModel`."""
+
+    def __init__(self, model: FakeLanguageModel) -> None:
+        self._model = model
+        self._rows: list[FakeRow] = []
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def prepare(self, item: PromptedInput, max_new_tokens: int) -> FakeRow:
+        """A row of the text's words in capitals."""
+        return FakeRow(item, max_new_tokens, item.text.upper().split())
+
+    def join(self, rows: Sequence[FakeRow]) -> int:
+        """As many as the model has room for."""
+        joining = list(rows[: self._model.room - len(self._rows)])
+        if joining:
+            self._model.begin([row.item for row in joining])
+            self._rows += joining
+        return len(joining)
+
+    def step(self) -> list[Written[FakeRow]]:
+        """One word for every row."""
+        if self._model.slow:
+            assert self._model.steps.acquire(timeout=20)
+        if self._model.broken_step is not None:
+            raise self._model.broken_step
+        return [self._write(row) for row in list(self._rows)]
+
+    def drop(self, row: FakeRow) -> None:
+        """Let a row leave."""
+        self._rows.remove(row)
+        self._model.stopped_rows.append(row.item.text)
+
+    def _write(self, row: FakeRow) -> Written[FakeRow]:
+        if row.written < min(row.limit, len(row.words)):
+            row.written += 1
+            return Written(row, f"{row.words[row.written - 1]} ", None)
+        self._rows.remove(row)
+        text = "".join(f"{word} " for word in row.words[: row.written])
+        reason: FinishReason = "length" if row.written == row.limit else "stop"
+        ended = Generation(text, reason, len(row.words), row.written, truncated=False)
+        return Written(row, "", ended)
 
 
 class FixedLive:
@@ -217,7 +254,7 @@ def make_snapshot(revision: int = 3, tasks: Sequence[ServedTask] = ()) -> Snapsh
 
 def make_router(
     encoder: FakeEncoder | None = None,
-    model: FakeLanguageModel | None = None,
+    model: LanguageModel | None = None,
     live: FixedLive | None = None,
     settings: ServerSettings | None = None,
 ) -> Router:

@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from router.backends.prompted_network import PrefixShape
+from router.backends.started import remembers_all
 from router.errors import IncompatibleModelError
 
 
@@ -27,9 +28,7 @@ def check_cache(cache: object, *, takes_positions: bool) -> None:
     reason = ""
     if not takes_positions:
         reason = "it takes no position ids, so that padding would move the text"
-    elif type(cache) is not DynamicCache or any(
-        type(layer) is not DynamicLayer for layer in cache.layers
-    ):
+    elif not isinstance(cache, DynamicCache) or not remembers_all(cache):
         reason = "not all of its layers attend to all tokens (sliding windows, recurrent layers)"
     elif len({part.shape for part in _parts(cache)}) != 1:
         reason = "its layers have keys and values of several shapes"

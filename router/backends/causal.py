@@ -11,11 +11,13 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from router.backends.cached_prefixes import cache_of_prefixes, check_cache, prefix_of_cache
+from router.backends.prompt_memory import ReadPrompt
 from router.backends.prompted_network import PrefixShape
 from router.backends.rows import IGNORED, Row, token_losses
 from router.backends.seq2seq import split_special_tokens
 from router.backends.started import Started
 from router.backends.torch_model import TorchLanguageModel
+from router.errors import IncompatibleModelError
 
 # Stands between the text and the output, as the end of the text's line.
 _SEPARATOR = "\n"
@@ -60,6 +62,20 @@ class CausalLanguageModel(TorchLanguageModel):
             ).past_key_values
         return prefix_of_cache(cache, shape)
 
+    @cached_property
+    def _takes_prefixes(self) -> bool:
+        try:
+            return self.prefix_shape.layers > 0
+        except IncompatibleModelError:
+            return False
+
+    def _share(self, prompt: ReadPrompt) -> ReadPrompt:
+        # Nothing before a token depends on what follows it: the keys and values of the prompt are
+        # the same for all texts, and are computed once for all rows of a task.
+        if prompt.method == "prefix" or not self._takes_prefixes:
+            return prompt
+        return ReadPrompt(self.keys_and_values(prompt.tensor), "prefix")
+
     def _read(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor, DynamicCache | None]:
         """Embeddings `[B, S, H]` of what follows the prefixes, the whole mask, the prefixes."""
         texts = [row if row.prefix is None else Row(None, row.ids) for row in rows]
@@ -83,18 +99,6 @@ class CausalLanguageModel(TorchLanguageModel):
         )
         return Started(out.logits[:, -1], out.past_key_values, mask)
 
-    def _generation_inputs(self, rows: Sequence[Row]) -> dict[str, object]:
-        embeddings, mask, cache = self._read(rows)
-        if cache is None:
-            return {"inputs_embeds": embeddings, "attention_mask": mask}
-        # `generate` takes what was cached to be part of its input, and cuts that off.
-        cached = embeddings.new_zeros(len(rows), cache.get_seq_length(), embeddings.shape[2])
-        return {
-            "inputs_embeds": torch.cat([cached, embeddings], dim=1),
-            "attention_mask": mask,
-            "past_key_values": cache,
-        }
-
     def _continue(self, started: Started, ids: Tensor) -> Tensor:
         mask = torch.cat([started.mask, started.mask.new_ones(ids.shape)], dim=1)
         out = self.network(
@@ -106,6 +110,11 @@ class CausalLanguageModel(TorchLanguageModel):
         )
         logits: Tensor = out.logits
         return logits
+
+    def _advance(self, started: Started, ids: Tensor) -> Started:
+        logits = self._continue(started, ids)[:, -1]
+        mask = torch.cat([started.mask, started.mask.new_ones(ids.shape)], dim=1)
+        return Started(logits, started.cache, mask)
 
     def negative_log_likelihood(
         self, rows: Sequence[Row], outputs: Sequence[Sequence[int]]

@@ -19,11 +19,15 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from router.backends.checkpoint import cpu_multiplies_bfloat16, end_ids, window
+from router.backends.prompt_memory import PromptMemory, ReadPrompt
 from router.backends.rows import Row, TextTokens, lay_out
 from router.errors import IncompatibleModelError, InvalidInputError
 from router.interfaces import FloatArray, PromptedInput
 from router.tasks import PromptMethod
 from router.templates import FilledTemplate
+
+# Bounds the memory for prompts of served tasks, as the network reads them.
+_MAX_PROMPT_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +92,7 @@ class PromptedNetwork(ABC):
             num_beams=1,
         )
         self._before, self._after = self._affixes()
+        self._prompts = PromptMemory(_MAX_PROMPT_BYTES)
 
     @property
     def name(self) -> str:
@@ -248,27 +253,33 @@ class PromptedNetwork(ABC):
     def _lay_out(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         return lay_out(rows, self._embed, self._pad_id, pad_left=self.shares_window)
 
-    def _rows(
+    def rows_of(
         self, inputs: Sequence[PromptedInput], output_tokens: Sequence[int]
     ) -> list[tuple[Row, TextTokens]]:
-        tensors: dict[int, Tensor] = {}
-        for row in inputs:
-            if row.prompt is not None and id(row.prompt) not in tensors:
-                tensors[id(row.prompt)] = self._prompt_tensor(row.prompt, row.method)
+        """The rows of `inputs`, whose outputs have at most so many tokens, and their texts.
+
+        Raises:
+            IncompatibleModelError: a prompt is of another width, or too long for the window.
+        """
+        prompts: dict[int, ReadPrompt] = {}
+        for item in inputs:
+            if item.prompt is not None and id(item.prompt) not in prompts:
+                prompts[id(item.prompt)] = self._read_prompt(item.prompt, item.method)
         tokens = self.tokenize_inputs(
-            [row.text for row in inputs],
-            [0 if row.prompt is None else len(row.prompt) for row in inputs],
+            [item.text for item in inputs],
+            [0 if item.prompt is None else len(item.prompt) for item in inputs],
             output_tokens,
         )
-        return [
-            (
-                Row(None if row.prompt is None else tensors[id(row.prompt)], text.ids, row.method),
-                text,
-            )
-            for row, text in zip(inputs, tokens, strict=True)
-        ]
+        rows = []
+        for item, text in zip(inputs, tokens, strict=True):
+            row = Row(None, text.ids)
+            if item.prompt is not None:
+                prompt = prompts[id(item.prompt)]
+                row = Row(prompt.tensor, text.ids, prompt.method)
+            rows.append((row, text))
+        return rows
 
-    def _prompt_tensor(self, prompt: FloatArray, method: PromptMethod) -> Tensor:
+    def _read_prompt(self, prompt: FloatArray, method: PromptMethod) -> ReadPrompt:
         width = self.prompt_width(method)
         if prompt.ndim != 2 or prompt.shape[1] != width:
             raise IncompatibleModelError(
@@ -276,5 +287,15 @@ class PromptedNetwork(ABC):
                 f"shape {prompt.shape}",
                 f"{self.name} takes vectors of {width} numbers",
             )
-        # A copy: torch cannot wrap the read-only arrays of a snapshot.
-        return torch.tensor(prompt, dtype=torch.float32, device=self.device)
+
+        def read() -> ReadPrompt:
+            # A copy: torch cannot wrap arrays that cannot be written to.
+            return ReadPrompt(torch.tensor(prompt, dtype=torch.float32, device=self.device), method)
+
+        if prompt.flags.writeable:  # it may be another prompt by the next time
+            return read()
+        return self._prompts.get(prompt, lambda: self._share(read()))
+
+    def _share(self, prompt: ReadPrompt) -> ReadPrompt:
+        """A prompt as it is kept for many rows, whatever their texts."""
+        return prompt

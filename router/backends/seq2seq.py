@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
+from router.backends.decoder_positions import at_positions
 from router.backends.encoder_prefixes import (
     Projections,
     captured,
@@ -102,12 +103,8 @@ class Seq2SeqLanguageModel(TorchLanguageModel):
             decoder_input_ids=first,
             use_cache=True,
         )
-        return Started(out.logits[:, -1], out.past_key_values, mask, encoded=states)
-
-    def _generation_inputs(self, rows: Sequence[Row]) -> dict[str, object]:
-        states, mask = self._encode(rows)
-        encoded = BaseModelOutput(last_hidden_state=states)
-        return {"encoder_outputs": encoded, "attention_mask": mask}
+        written = torch.ones_like(first)
+        return Started(out.logits[:, -1], out.past_key_values, mask, states, written)
 
     def _continue(self, started: Started, ids: Tensor) -> Tensor:
         out = self.network(
@@ -119,6 +116,26 @@ class Seq2SeqLanguageModel(TorchLanguageModel):
         )
         logits: Tensor = out.logits
         return logits
+
+    def _advance(self, started: Started, ids: Tensor) -> Started:
+        written = started.decoder_mask
+        written = torch.cat([written, written.new_ones(ids.shape)], dim=1)
+        with at_positions(self._position_embedding, written.sum(1) - 1):
+            out = self.network(
+                encoder_outputs=BaseModelOutput(last_hidden_state=started.encoded),
+                attention_mask=started.mask,
+                decoder_input_ids=ids,
+                decoder_attention_mask=written,
+                past_key_values=started.cache,
+                use_cache=True,
+            )
+        return Started(out.logits[:, -1], started.cache, started.mask, started.encoded, written)
+
+    @property
+    def _position_embedding(self) -> nn.Module | None:
+        """What adds absolute positions to the decoder's tokens, if anything does."""
+        found = getattr(self.network.get_decoder(), "embed_positions", None)
+        return found if isinstance(found, nn.Module) else None
 
     def text_states(self, texts: Sequence[str]) -> Tensor | None:
         tokens = self.tokenize_inputs(texts, [0] * len(texts), [1] * len(texts))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
-import torch
 from tokenizers import decoders
-from transformers import PreTrainedTokenizerBase, StoppingCriteria
-from transformers.generation.streamers import BaseStreamer
+from transformers import PreTrainedTokenizerBase
 
 from router.interfaces import FinishReason
 
@@ -46,95 +44,40 @@ class Detokenizer:
 
 
 class RowWriter:
-    """The answer of one row, as it grows token by token.
-
-    The pieces given to `on_piece` concatenate to `text`.
-    """
+    """The answer of one row, as it grows token by token."""
 
     def __init__(
-        self,
-        detokenizer: Detokenizer,
-        end_ids: Collection[int],
-        on_piece: Callable[[str], None] | None,
-        cancelled: Callable[[], bool] | None,
+        self, detokenizer: Detokenizer, end_ids: Collection[int], limit: int, *, in_pieces: bool
     ) -> None:
+        """`limit` is on the tokens, the end token not counted; `in_pieces` as they become final."""
         self._detokenizer = detokenizer
         self._end_ids = end_ids
-        self._on_piece = on_piece
-        self._cancelled = cancelled
+        self._limit = limit
+        self._in_pieces = in_pieces
         self._tokens: list[int] = []
-        self._stopped_by: FinishReason | None = None
         self.text = ""
-
-    @property
-    def finish_reason(self) -> FinishReason:
-        """Why the row ended; `length` if nothing but the limit on new tokens ended it."""
-        return self._stopped_by or "length"
+        self.finish_reason: FinishReason | None = None
 
     @property
     def output_tokens(self) -> int:
         """Tokens written, the end token not counted."""
         return len(self._tokens)
 
-    def is_cancelled(self) -> bool:
-        """Whether the caller gave the row up; asked once a step until the row ends."""
-        if self._stopped_by is None and self._cancelled is not None and self._cancelled():
-            self._stopped_by = "cancelled"
-        return self._stopped_by == "cancelled"
+    def add(self, token: int) -> str:
+        """Take the row's next token; returns the text that became final with it.
 
-    def add(self, token: int) -> None:
-        """Take the row's next token; ignored once the row has ended."""
-        if self._stopped_by is not None:
-            return
+        `finish_reason` says whether it was the last one. The pieces concatenate to `text`.
+        """
         if token in self._end_ids:
-            self._stopped_by = "stop"
-            return
-        self._tokens.append(token)
-        if self._on_piece is not None:
-            self._emit(self._detokenizer.settled(self._tokens))
-
-    def finish(self) -> None:
-        """Give out what was held back."""
-        self._emit(self._detokenizer.text(self._tokens))
-
-    def _emit(self, text: str) -> None:
+            self.finish_reason = "stop"
+        else:
+            self._tokens.append(token)
+            if len(self._tokens) == self._limit:
+                self.finish_reason = "length"
+        if self.finish_reason is not None:
+            text = self._detokenizer.text(self._tokens)
+        else:
+            text = self._detokenizer.settled(self._tokens) if self._in_pieces else ""
         piece = text[len(self.text) :]
-        if piece:
-            self.text += piece
-            if self._on_piece is not None:
-                self._on_piece(piece)
-
-
-class BatchStreamer(BaseStreamer):
-    """Hands each step's tokens `[B]` of a `generate` call to the writers of their rows."""
-
-    def __init__(self, writers: Sequence[RowWriter]) -> None:
-        self._writers = writers
-
-    def put(self, value: torch.Tensor) -> None:
-        """Take one token per row; what the decoder starts from comes first, as `[B, S]`."""
-        if value.ndim == 1:
-            for writer, token in zip(self._writers, value.tolist(), strict=True):
-                writer.add(token)
-
-    def end(self) -> None:
-        """All rows have ended."""
-        for writer in self._writers:
-            writer.finish()
-
-
-class CancelledRows(StoppingCriteria):
-    """Ends the rows that their callers gave up, and no others."""
-
-    def __init__(self, writers: Sequence[RowWriter]) -> None:
-        self._writers = writers
-
-    def __call__(
-        self,
-        input_ids: torch.LongTensor,
-        scores: torch.FloatTensor,  # noqa: ARG002
-        **kwargs: object,  # noqa: ARG002
-    ) -> torch.BoolTensor:
-        """Per row, whether to stop `[B]`."""
-        stop = [writer.is_cancelled() for writer in self._writers]
-        return torch.tensor(stop, device=input_ids.device)  # type: ignore[return-value]
+        self.text += piece
+        return piece

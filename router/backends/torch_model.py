@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import threading
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from router.backends.prompted_network import PromptedNetwork
 from router.backends.rows import IGNORED, Row, batches, padded, token_losses
+from router.backends.running_batch import TorchRunningBatch, mixes_lengths
 from router.backends.started import Started
-from router.backends.text_pieces import BatchStreamer, CancelledRows, Detokenizer, RowWriter
-from router.errors import InvalidInputError
+from router.backends.text_pieces import Detokenizer, RowWriter
 from router.interfaces import FloatArray, Generation, PromptedInput, Scores
 
 # Bound memory: positions that one forward pass may hold, and logits (64 M floats are 256 MB).
@@ -51,8 +52,11 @@ class TorchLanguageModel(PromptedNetwork):
         """Logits `[B, T, V]` after each of the output tokens `ids` `[B, T]` (right-padded)."""
 
     @abstractmethod
-    def _generation_inputs(self, rows: Sequence[Row]) -> dict[str, object]:
-        """`rows` as the arguments of transformers' `generate`."""
+    def _advance(self, started: Started, ids: Tensor) -> Started:
+        """The batch after one more output token a row, `ids` `[B, 1]`.
+
+        Rows may have written more and less; what each was fed before stays as it is.
+        """
 
     @abstractmethod
     def negative_log_likelihood(
@@ -80,7 +84,7 @@ class TorchLanguageModel(PromptedNetwork):
         ids_of = {text: self.tokenize_output(text) for texts in outputs for text in texts}
         candidates = [[ids_of[text] for text in texts] for texts in outputs]
         longest = [max((len(ids) for ids in row), default=1) for row in candidates]
-        rows = self._rows(inputs, longest)
+        rows = self.rows_of(inputs, longest)
         return [
             Scores(values, len(text.ids), tuple(len(ids) - 1 for ids in labels), text.truncated)
             for values, labels, (_, text) in zip(
@@ -160,64 +164,50 @@ class TorchLanguageModel(PromptedNetwork):
 
     # ---- generation
 
-    def generate(
-        self,
-        inputs: Sequence[PromptedInput],
-        max_new_tokens: int,
-        on_piece: Callable[[int, str], None] | None = None,
-        cancelled: Callable[[int], bool] | None = None,
-    ) -> list[Generation]:
-        """Greedy answers, one per row; see `LanguageModel.generate`.
+    def start_batch(self) -> TorchRunningBatch:
+        """An empty batch of greedy answers; see `router.interfaces.RunningBatch`."""
+        return TorchRunningBatch(self)
+
+    def generate(self, inputs: Sequence[PromptedInput], max_new_tokens: int) -> list[Generation]:
+        """Greedy answers, one per row: any number, as many at a time as memory allows.
 
         Where the window is short, half of what the prompt leaves of it is kept for the answer.
         """
-        if max_new_tokens < 1:
-            raise InvalidInputError("max_new_tokens", max_new_tokens, "ask for at least 1")
-        limits = [min(max_new_tokens, self._room_for_answer(row)) for row in inputs]
-        rows = self._rows(inputs, limits)
+        batch = TorchRunningBatch(self, in_pieces=False)
+        rows = batch.prepare_all(inputs, max_new_tokens)
+        # Rows of similar length share forward passes.
+        waiting = sorted(rows, key=lambda row: -row.positions)
         answers: dict[int, Generation] = {}
-        # Rows with the same limit share a batch: a row's limit must not depend on its neighbours.
-        for limit in sorted(set(limits)):
-            members = [i for i, row_limit in enumerate(limits) if row_limit == limit]
-            lengths = [len(rows[i][0]) + limit for i in members]
-            for batch in batches(lengths, _MAX_BATCH_POSITIONS):
-                chosen = [members[k] for k in batch]
-                writers = [self._writer(i, on_piece, cancelled) for i in chosen]
-                self._generate_batch([rows[i][0] for i in chosen], writers, limit)
-                for i, writer in zip(chosen, writers, strict=True):
-                    answers[i] = Generation(
-                        text=writer.text,
-                        finish_reason=writer.finish_reason,
-                        input_tokens=len(rows[i][1].ids),
-                        output_tokens=writer.output_tokens,
-                        truncated=rows[i][1].truncated,
-                    )
-        return [answers[i] for i in range(len(inputs))]
+        most = 0
+        while waiting or len(batch):
+            if waiting and len(batch) <= most // 2:  # to read one row takes as long as a few
+                del waiting[: batch.join(waiting)]
+                most = len(batch)
+            for written in batch.step():
+                if written.generation is not None:
+                    answers[id(written.row)] = written.generation
+        return [answers[id(row)] for row in rows]
 
-    def _generate_batch(
-        self, rows: Sequence[Row], writers: Sequence[RowWriter], limit: int
-    ) -> None:
-        with torch.no_grad(), self._one_batch_at_a_time:
-            self.network.generate(
-                **self._generation_inputs(rows),
-                max_new_tokens=limit,
-                streamer=BatchStreamer(writers),
-                stopping_criteria=StoppingCriteriaList([CancelledRows(writers)]),
-            )
+    @cached_property
+    def mixes_lengths(self) -> bool:
+        """Whether rows that have written more and less can take a step together."""
+        return mixes_lengths(self)
 
-    def _room_for_answer(self, row: PromptedInput) -> int:
+    def writer(self, limit: int, in_pieces: bool) -> RowWriter:
+        """The writer of an answer of at most `limit` tokens."""
+        return RowWriter(self._detokenizer, self.end_ids, limit, in_pieces=in_pieces)
+
+    def room_for_answer(self, row: PromptedInput) -> int:
+        """Tokens that an answer to `row` may have: half of what a short window leaves."""
         left = self.window - (0 if row.prompt is None else len(row.prompt))
         return max(1, left // 2 if self.shares_window else self.window - 1)
 
-    def _writer(
-        self,
-        row: int,
-        on_piece: Callable[[int, str], None] | None,
-        cancelled: Callable[[int], bool] | None,
-    ) -> RowWriter:
-        return RowWriter(
-            self._detokenizer,
-            self.end_ids,
-            None if on_piece is None else lambda text: on_piece(row, text),
-            None if cancelled is None else lambda: cancelled(row),
-        )
+    def read_batch(self, rows: Sequence[Row]) -> Started:
+        """Read the inputs of `rows`, without gradients."""
+        with torch.no_grad(), self._one_batch_at_a_time:
+            return self._start(rows)
+
+    def advance_batch(self, started: Started, ids: Tensor) -> Started:
+        """The batch after one more output token a row, `ids` `[B]`, without gradients."""
+        with torch.no_grad(), self._one_batch_at_a_time:
+            return self._advance(started, ids[:, None])

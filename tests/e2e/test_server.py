@@ -25,6 +25,7 @@ from grpc_status import rpc_status
 from router.batching import BatchLimits
 from router.client import RouterClient, RouterError
 from router.errors import InvalidInputError
+from router.interfaces import LanguageModel
 from router.rejection import OnUnknown, RejectionPolicy
 from router.server import RouterServer
 from router.settings import ServerSettings
@@ -56,13 +57,18 @@ Received = TypeVar("Received")
 class Serving:
     """A running server, the fakes inside it, and stubs to call it."""
 
-    def __init__(self, settings: ServerSettings | None = None, **live: str) -> None:
+    def __init__(
+        self,
+        settings: ServerSettings | None = None,
+        base_model: LanguageModel | None = None,
+        **live: str,
+    ) -> None:
         self.settings = settings or make_settings()
         self.encoder = FakeEncoder()
         self.model = FakeLanguageModel()
         self.live = FixedLive(make_snapshot())
         self.live.problem = live.get("problem", "")
-        self.served = make_router(self.encoder, self.model, self.live, self.settings)
+        self.served = make_router(self.encoder, base_model or self.model, self.live, self.settings)
         self._running = running_server(self.served, self.settings)
 
     def __enter__(self) -> Serving:

@@ -84,95 +84,72 @@ async def test_pieces_arrive_before_the_answer_is_complete(
 async def test_questions_of_several_tasks_share_a_batch(
     answerer: Answerer, model: FakeLanguageModel
 ) -> None:
-    model.blocked.clear()
-    first = asyncio.create_task(ask(answerer, question("first")))
-    await wait_for_batch(model)
     prompts = [np.full((4, 8), n, np.float32) for n in range(3)]
-    others = [
-        asyncio.create_task(
-            ask(answerer, Question(PromptedInput(f"text {n}", prompt), ("text", str(n)), 9))
+    for outputs in (("text",), None):
+        model.batches.clear()
+        model.blocked.clear()
+        first = asyncio.create_task(ask(answerer, question("first", outputs)))
+        await wait_for_batch(model)
+        others = [
+            asyncio.create_task(
+                ask(answerer, Question(PromptedInput(f"text {n}", prompt), outputs, n + 1))
+            )
+            for n, prompt in enumerate(prompts)
+        ]
+        await asyncio.sleep(0.01)
+        model.blocked.set()
+        await asyncio.gather(first, *others)
+        assert [len(batch) for batch in model.batches] == [1, 3]
+        assert all(
+            row.prompt is prompt for row, prompt in zip(model.batches[1], prompts, strict=True)
         )
-        for n, prompt in enumerate(prompts)
-    ]
-    await asyncio.sleep(0.01)
-    model.blocked.set()
-    await asyncio.gather(first, *others)
-    assert [len(batch) for batch in model.batches] == [1, 3]
-    assert [row.prompt is prompt for row, prompt in zip(model.batches[1], prompts, strict=True)]
 
 
-async def test_labels_and_free_text_and_other_lengths_do_not_mix(
-    answerer: Answerer, model: FakeLanguageModel
-) -> None:
-    model.blocked.clear()
-    first = asyncio.create_task(ask(answerer, question("first")))
-    await wait_for_batch(model)
-    asked = [
-        question("a b c", length=2),
-        question("label", ("label",)),
-        question("d e f", length=2),
-        question("g h i", length=1),
-    ]
-    tasks = [asyncio.create_task(ask(answerer, one)) for one in asked]
-    await asyncio.sleep(0.01)
-    model.blocked.set()
-    await first
-    texts = [generation.text for _, generation in await asyncio.gather(*tasks)]
-    assert texts == ["A B ", "label", "D E ", "G "]
-    assert [[row.text for row in batch] for batch in model.batches[1:]] == [
-        ["a b c", "d e f"],
-        ["label"],
-        ["g h i"],
-    ]
-
-
-async def test_a_caller_who_leaves_stops_its_row_and_no_other(
+async def test_labels_and_free_text_wait_for_one_another_by_the_turn_only(
     answerer: Answerer, model: FakeLanguageModel
 ) -> None:
     model.slow = True
-    model.blocked.clear()
-    blocking = asyncio.create_task(ask(answerer, question("x")))
+    long = asyncio.create_task(ask(answerer, question("a b c d e", length=5)))
     await wait_for_batch(model)
-    leaving = answerer.answer(question("one two three four"))
-    begun = asyncio.ensure_future(anext(leaving))
-    staying = asyncio.create_task(ask(answerer, question("five six seven")))
-    await asyncio.sleep(0.01)
-    model.blocked.set()
-    model.steps.release(3)
-    assert await begun == "ONE "
-    await leaving.aclose()
-    model.steps.release(20)
-    pieces, _ = await staying
-    assert pieces == ["FIVE ", "SIX ", "SEVEN "]
-    assert model.stopped_rows == ["one two three four"]
-    await blocking
+    label = asyncio.create_task(ask(answerer, question("label", ("label",))))
+    while not label.done():  # before the long answer has ended
+        model.steps.release()
+        await asyncio.sleep(0.06)
+    assert not long.done()
+    model.steps.release(10)
+    assert (await long)[1].text == "A B C D E "
 
 
 async def test_a_caller_who_leaves_while_waiting_is_never_worked_on(
     answerer: Answerer, model: FakeLanguageModel
 ) -> None:
-    model.blocked.clear()
-    first = asyncio.create_task(ask(answerer, question("first")))
-    await wait_for_batch(model)
-    leaving = asyncio.create_task(ask(answerer, question("leaving")))
-    await asyncio.sleep(0.01)
-    leaving.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await leaving
-    model.blocked.set()
-    await first
-    await ask(answerer, question("last"))
-    assert [[row.text for row in batch] for batch in model.batches] == [["first"], ["last"]]
+    for outputs in (("text",), None):
+        model.batches.clear()
+        model.blocked.clear()
+        first = asyncio.create_task(ask(answerer, question("first", outputs)))
+        await wait_for_batch(model)
+        leaving = asyncio.create_task(ask(answerer, question("leaving", outputs)))
+        await asyncio.sleep(0.01)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        assert sum(answerer.queued.values()) == 1
+        model.blocked.set()
+        await first
+        await ask(answerer, question("last", outputs))
+        assert [[row.text for row in batch] for batch in model.batches] == [["first"], ["last"]]
 
 
 async def test_a_full_queue_refuses(answerer: Answerer, model: FakeLanguageModel) -> None:
-    model.blocked.clear()
-    tasks = [asyncio.create_task(ask(answerer, question("x"))) for _ in range(6)]
-    await wait_for_batch(model)
-    with pytest.raises(OverloadedError, match="answering queue"):
-        await ask(answerer, question("one too many"))
-    model.blocked.set()
-    assert len(await asyncio.gather(*tasks)) == 6
+    for name, outputs in (("scoring", ("text",)), ("generating", None)):
+        model.batches.clear()
+        model.blocked.clear()
+        tasks = [asyncio.create_task(ask(answerer, question("x", outputs))) for _ in range(6)]
+        await wait_for_batch(model)
+        with pytest.raises(OverloadedError, match=f"{name} queue"):
+            await ask(answerer, question("one too many", outputs))
+        model.blocked.set()
+        assert len(await asyncio.gather(*tasks)) == 6
 
 
 async def test_an_error_of_the_model_reaches_the_caller(

@@ -195,14 +195,6 @@ async def test_tokens_of_an_item_are_counted_once(work: Work, batchers: Make) ->
     assert sorted(counted) == sorted(set(counted))
 
 
-async def test_only_items_of_one_kind_share_a_batch_and_none_starves(
-    work: Work, batchers: Make
-) -> None:
-    batcher = batchers(kind=lambda item: item % 2)
-    await batcher.submit([1, 2, 3, 4, 5, 6])
-    assert work.batches == [[1, 3, 5], [2, 4, 6]]
-
-
 async def test_a_full_queue_refuses_at_once_and_recovers(work: Work, batchers: Make) -> None:
     batcher = batchers(BatchLimits(queue_items=3, batch_items=8, batch_tokens=1000))
     first = await start_blocked(work, batcher)

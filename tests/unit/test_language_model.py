@@ -194,34 +194,6 @@ def test_answers_do_not_depend_on_the_batch(model: TorchLanguageModel) -> None:
     assert [model.generate([row], 8)[0] for row in rows] == model.generate(rows, 8)
 
 
-def test_pieces_concatenate_to_the_answer(model: TorchLanguageModel) -> None:
-    pieces: dict[int, list[str]] = {row: [] for row in range(len(TEXTS))}
-    answers = model.generate(
-        mixed_batch(model), 12, on_piece=lambda row, text: pieces[row].append(text)
-    )
-    assert ["".join(pieces[row]) for row in pieces] == [answer.text for answer in answers]
-    assert any(len(row) > 1 for row in pieces.values())
-    assert all(piece for row in pieces.values() for piece in row)
-
-
-def test_cancelling_stops_one_row_and_no_other(model: TorchLanguageModel) -> None:
-    rows = mixed_batch(model)
-    undisturbed = model.generate(rows, 10)
-    steps = 0
-
-    def cancelled(row: int) -> bool:
-        nonlocal steps
-        steps += row == 1
-        return row == 1 and steps > 3
-
-    disturbed = model.generate(rows, 10, cancelled=cancelled)
-    assert disturbed[1].finish_reason == "cancelled"
-    assert disturbed[1].output_tokens == 3
-    assert undisturbed[1].text.startswith(disturbed[1].text)
-    for row in (0, 2, 3):
-        assert disturbed[row] == undisturbed[row]
-
-
 def test_an_end_token_finishes_with_stop(
     model: TorchLanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -141,18 +141,23 @@ def test_the_time_is_told_by_stage_and_batches_by_size(
 ) -> None:
     client.batch_route(["weather"] * 3)
     list(client.generate("the weather brings rain"))
+    list(client.generate("a story of two mice", task="story"))
     for stage, count in (
         ("routing_wait", 4),  # one a text
         ("routing_work", 2),  # one a batch
         ("routing_encode", 2),
         ("routing_decide", 2),
-        ("answering_wait", 1),
-        ("answering_work", 1),
+        ("scoring_wait", 1),
+        ("scoring_work", 1),
+        ("generating_wait", 1),  # one a text
+        ("generating_read", 1),  # one for those that join together
+        ("generating_step", 6),  # one a step: five words, and the end
     ):
         assert scrape("promptyard_stage_seconds_count", stage=stage) == count, stage
     assert scrape("promptyard_batch_items_sum", queue="routing") == 4
     assert scrape("promptyard_batch_items_count", queue="routing") == 2
-    assert scrape("promptyard_batch_items_count", queue="answering") == 1
+    assert scrape("promptyard_batch_items_count", queue="scoring") == 1
+    assert scrape("promptyard_batch_items_sum", queue="generating") == 6
 
 
 def test_the_embedding_cache_tells_hits_and_misses(
@@ -188,7 +193,8 @@ def test_the_queues_are_told_while_texts_wait(
     encoder.blocked.set()
     waiting.join(10)
     until(lambda: scrape("promptyard_queued_items", queue="routing") == 0)
-    assert scrape("promptyard_queued_items", queue="answering") == 0
+    assert scrape("promptyard_queued_items", queue="scoring") == 0
+    assert scrape("promptyard_queued_items", queue="generating") == 0
 
 
 def test_a_caller_who_leaves_is_counted_as_cancelled(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -415,13 +415,7 @@ def test_progress_counts_the_steps(model: TorchLanguageModel) -> None:
 class CannedModel(Seq2SeqLanguageModel):
     """Answers `Fox` to everything."""
 
-    def generate(
-        self,
-        inputs: Sequence[PromptedInput],
-        max_new_tokens: int,
-        on_piece: Callable[[int, str], None] | None = None,
-        cancelled: Callable[[int], bool] | None = None,
-    ) -> list[Generation]:
+    def generate(self, inputs: Sequence[PromptedInput], max_new_tokens: int) -> list[Generation]:
         return [Generation("Fox", "stop", 1, 1, truncated=False) for _ in inputs]
 
 
