@@ -11,7 +11,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fuzz lint format proto bench bench-base-model bench-calibration bench-few-shot bench-prompts bench-route bench-routing clean
+.PHONY: help install demo test fuzz lint format proto bench bench-base-model bench-calibration bench-few-shot bench-prompts bench-route bench-routing bench-serving clean
 
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -52,7 +52,7 @@ $(BUF): $(INSTALLED)
 	npm install --prefix $(VENV)/node --no-audit --no-fund --silent @bufbuild/buf@$(BUF_VERSION)
 	@touch $@
 
-bench: bench-route bench-routing bench-calibration bench-few-shot bench-base-model bench-prompts  ## Run the benchmarks (PROMPTYARD_BENCH_DATA for all but the first)
+bench: bench-route bench-serving bench-routing bench-calibration bench-few-shot bench-base-model bench-prompts  ## Run the benchmarks (PROMPTYARD_BENCH_DATA for all but the first two)
 
 bench-route: $(INSTALLED)  ## What one Route call costs over the encoder and an empty gRPC call
 	$(BIN)/python tests/benchmarks/bench_route.py
@@ -62,6 +62,9 @@ bench-calibration: $(INSTALLED)  ## How far the probability of being right is fr
 
 bench-routing: $(INSTALLED)  ## Routing of public data sets beside other ways to route (writes docs/benchmarks)
 	$(BIN)/python tests/benchmarks/bench_routing.py
+
+bench-serving: $(INSTALLED)  ## Calls, rates, answers and overload of a server under load (writes docs/benchmarks)
+	$(BIN)/python -m tests.benchmarks.bench_serving $(if $(SEMANTIC_ROUTER),--semantic-router $(SEMANTIC_ROUTER))
 
 bench-few-shot: $(INSTALLED)  ## What prompts tuned on few rows answer, by what they start from
 	$(BIN)/python tests/benchmarks/bench_few_shot.py
