@@ -11,7 +11,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fuzz lint format proto bench bench-base-model bench-calibration bench-few-shot bench-prompts bench-route bench-routing bench-serving clean
+.PHONY: help install demo test fuzz soak chaos lint format proto bench bench-base-model bench-calibration bench-few-shot bench-prompts bench-route bench-routing bench-serving clean
 
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -31,6 +31,12 @@ test: $(INSTALLED)  ## Run the tests (under ten minutes on two cores)
 
 fuzz: $(INSTALLED)  ## Try hostile input for long (the tests try it for short)
 	$(BIN)/pytest --hypothesis-profile=fuzz --timeout=0 tests/unit/test_hostile_input.py
+
+soak: $(INSTALLED)  ## A mixed load for 20 minutes while tasks come and go (the tests do it for seconds)
+	$(BIN)/python -m tests.benchmarks.soak
+
+chaos: $(INSTALLED)  ## Kill trainers and servers, 200 times and more (the tests do it less often)
+	$(BIN)/python -m tests.benchmarks.chaos
 
 lint: $(INSTALLED) $(BUF)  ## Format, lint, types, import contracts, proto, generated code
 	$(BIN)/ruff format --check .

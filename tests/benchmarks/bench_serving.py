@@ -105,7 +105,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=TITLES, default=list(TITLES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0, help="of one run of many callers")
-    parser.add_argument("--answers", type=int, default=480, help="of one run of `generate`")
+    parser.add_argument("--answers", type=int, default=240, help="of one run of `generate`")
     parser.add_argument("--overload-seconds", type=float, default=30.0)
     parser.add_argument("--overload-times", type=float, default=5.0, help="what the server can do")
     parser.add_argument("--output", type=Path, default=REPORTS, help="folder of the reports")

@@ -8,6 +8,7 @@ earlier ones (open loop).
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -102,7 +103,7 @@ def percentile(ordered: Sequence[float], share: float) -> float:
     """The value that `share` of the sorted values do not exceed; NaN where there are none."""
     if not ordered:
         return float("nan")
-    return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
+    return ordered[max(math.ceil(share * len(ordered)) - 1, 0)]
 
 
 class Clients:

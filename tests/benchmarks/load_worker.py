@@ -8,13 +8,13 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 
 from grpc import aio
 
-from router.v1 import decision_pb2
 from router.v1 import router_service_pb2 as messages
 from router.v1.router_service_pb2_grpc import RouterServiceStub
+from tests.benchmarks.catalog_model import tasks_of
 from tests.benchmarks.empty_server import METHOD
 
 # began, ended, items, code, revision, tasks: see `load.Call`.
@@ -128,13 +128,13 @@ class Worker:
 
     async def _route(self, request: object) -> tuple[int, int, str]:
         answer = await next(self.stubs).Route(request, timeout=self.told["timeout"])
-        return 1, answer.revision, _found([answer.decision])
+        return 1, answer.revision, tasks_of([answer.decision])
 
     async def _batchroute(self, request: object) -> tuple[int, int, str]:
         answer = await next(self.stubs).BatchRoute(request, timeout=self.told["timeout"])
         if any(decision.revision != answer.revision for decision in answer.decisions):
             self.problems.append("a batch that was decided by more than one revision")
-        return len(answer.decisions), answer.revision, _found(answer.decisions)
+        return len(answer.decisions), answer.revision, tasks_of(answer.decisions)
 
     async def _generate(self, request: object) -> tuple[int, int, str]:
         responses = next(self.stubs).Generate(request, timeout=self.told["timeout"])
@@ -146,7 +146,7 @@ class Worker:
                 decisions.append(response.decision)
         if kind != "summary" or len(decisions) != 1 or len(revisions) != 1:
             self.problems.append(f"an answer with revisions {revisions} that ends with {kind!r}")
-        return 1, *revisions, _found(decisions)
+        return 1, *revisions, tasks_of(decisions)
 
     async def _stream(self) -> None:
         """One stream, with `outstanding` texts on their way."""
@@ -173,7 +173,7 @@ class Worker:
                     break
                 code = "OK" if response.HasField("decision") else response.error.reason
                 row = (sent[received], time.monotonic(), 1, code, response.revision)
-                found = _found([response.decision]) if code == "OK" else ""
+                found = tasks_of([response.decision]) if code == "OK" else ""
                 self.rows.append((*row, found))
                 received += 1
                 if open_ and not await send():
@@ -182,13 +182,6 @@ class Worker:
         except aio.AioRpcError as error:
             self.rows.append((sent[-1], time.monotonic(), 0, error.code().name, 0, ""))
             self.problems.append(f"{error.code().name}: {error.details()}")
-
-
-def _found(decisions: Iterable[decision_pb2.Decision]) -> str:
-    """The tasks that were found or are used, each as NAME@REVISION."""
-    keys = {(decision.task, decision.task_revision) for decision in decisions}
-    keys |= {(decision.used_task, decision.used_task_revision) for decision in decisions}
-    return " ".join(f"{name}@{revision}" for name, revision in sorted(keys) if name)
 
 
 async def _main() -> None:

@@ -13,6 +13,7 @@ from router.backends.torch_model import TorchLanguageModel
 from router.interfaces import Encoder
 from router.loading import CLASSIFIER_TENSOR, PROMPT_TENSOR
 from router.tasks import ClassifierSummary, PromptSummary, TaskRecord
+from tests.catalogs import new_record
 from trainer.commands import RegisterTask
 from trainer.data import Example, read_labelled
 from trainer.demo import EXAMPLES
@@ -56,28 +57,32 @@ def register_for_routing(workshop: Workshop, requests: Sequence[RegisterTask]) -
 def register_with_untuned_prompts(
     workshop: Workshop, requests: Sequence[RegisterTask], base_model: TorchLanguageModel
 ) -> None:
-    """Register tasks whose prompts are their instructions' embeddings, with label classifiers.
+    """Register or revise tasks; prompts are the instructions' embeddings, beside classifiers.
 
     They cost what tuned prompts cost to serve, and minutes less to make. Their answers are not
     looked at.
     """
-    scratch = workshop.home / "scratch"
-    with Workshop(scratch, workshop.encoder) as routing:
-        register_for_routing(routing, requests)
-        plain = [routing.catalog.record(key) for key in routing.catalog.live(1)]
-    by_name = {request.name: request for request in requests}
-    records = tuple(_answering(workshop, r, by_name[r.name], base_model) for r in plain)
-    for record in records:
-        stored = (scratch / "artifacts" / record.embeddings_sha256[:2]) / record.embeddings_sha256
-        workshop.artifacts.write(stored.read_bytes())
-    workshop.publish("register", records=records, live={r.name: 1 for r in records})
+    records = tuple(_answering(workshop, request, base_model) for request in requests)
+    action = "revise" if all(record.revision > 1 for record in records) else "register"
+    workshop.publish(action, records=records, live={r.name: r.revision for r in records})
 
 
 def _answering(
-    workshop: Workshop, record: TaskRecord, request: RegisterTask, base_model: TorchLanguageModel
+    workshop: Workshop, request: RegisterTask, base_model: TorchLanguageModel
 ) -> TaskRecord:
+    """The record of the next revision, its rows, prompt and (closed outputs) classifier stored."""
     examples = read_labelled(request.data).examples
+    inputs = [each.input for each in examples]
     outputs = None if request.free_text else tuple(sorted({each.output for each in examples}))
+    record = new_record(
+        workshop,
+        request.name,
+        revision=workshop.catalog.newest_record(request.name) + 1,
+        texts=inputs,
+        description=request.description,
+        instruction=request.instruction,
+        outputs=outputs,
+    )
     start = " ".join([request.instruction, *(outputs or ())])
     values = base_model.text_embeddings(start, PROMPT_TOKENS).detach().cpu().numpy()
     prompt = PromptSummary(
@@ -94,12 +99,12 @@ def _answering(
     )
     classifier = None
     if outputs is not None:
-        vectors = workshop.encoder.encode([each.input for each in examples]).vectors
+        vectors = workshop.encoder.encode(inputs).vectors
         fitted = fit_classifier(vectors, [each.output for each in examples], outputs)
         if fitted is not None:
             sha256 = workshop.artifacts.write_tensors({CLASSIFIER_TENSOR: fitted.rows})
             classifier = ClassifierSummary(sha256, PROMPT_WEIGHT, fitted.accuracy)
-    return replace(record, outputs=outputs, prompt=prompt, classifier=classifier)
+    return replace(record, prompt=prompt, classifier=classifier)
 
 
 def example_requests() -> list[RegisterTask]:

@@ -15,7 +15,9 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,31 +25,28 @@ import numpy as np
 from router.backends.torch_model import TorchLanguageModel
 from router.background import measure_background
 from router.bootstrap import load_base_model, load_encoder
-from router.catalog import CatalogReader
 from router.client import RouterClient
 from router.decision import Decision
 from router.interfaces import Encoder
 from router.loading import ServedModels, SnapshotLoader
 from router.settings import DEFAULT_BASE_MODEL
+from tests.benchmarks.catalog_model import CatalogModel
+from tests.benchmarks.catalog_moves import CatalogMoves
 from tests.benchmarks.load import OK, Clients, Load, Result
 from tests.benchmarks.served import Served, serving
 from tests.benchmarks.serving_homes import (
     example_requests,
     held_out,
-    register_for_routing,
     register_with_untuned_prompts,
     short_texts,
-    write_examples,
 )
 from trainer.commands import RegisterTask
-from trainer.data import read_labelled
-from trainer.lifecycle import restore, retire
 from trainer.workshop import Workshop
 
 # The tasks that Generate names stay; the others come and go.
-STAYING = 4
+STAYING = 2
 _WATCHED_TEXTS = 16
-_SEGMENT_SECONDS = 5.0
+_MOST_SEGMENT_SECONDS = 5.0
 _SERVED_SECONDS = 30.0
 # Memory is judged by the line through its second half, and by how much of itself that adds.
 LEAST_JUDGED_SECONDS = 240.0
@@ -76,49 +75,31 @@ class Findings:
         return float(slope * (times[-1] - times[0]) / sizes.mean())
 
 
-class CatalogModel:
-    """What was live at each revision, read from the catalog once a revision."""
-
-    def __init__(self, home: Path) -> None:
-        self._home = home
-        self._live: dict[int, frozenset[str]] = {}
-        self._lock = threading.Lock()
-
-    def problem(self, revision: int, tasks: str) -> str:
-        """Why a response cannot be of this revision; empty where it can."""
-        with self._lock:
-            if revision not in self._live:
-                with CatalogReader(self._home) as catalog:
-                    if not 1 <= revision <= catalog.newest_revision():
-                        return f"revision {revision} is not in the catalog"
-                    live = catalog.live(revision)
-                self._live[revision] = frozenset(f"{k.name}@{k.revision}" for k in live)
-            wrong = set(tasks.split()) - self._live[revision]
-        return f"{', '.join(sorted(wrong))} not live at revision {revision}" if wrong else ""
-
-
 class Soak:
     """A server under a mixed load, and a catalog that moves under it."""
 
     def __init__(
-        self, home: Path, encoder: Encoder, base_model: TorchLanguageModel, base_folder: str
+        self,
+        home: Path,
+        encoder: Encoder,
+        base_model: TorchLanguageModel,
+        base_folder: str,
+        tasks: Sequence[RegisterTask],
     ) -> None:
         """`home` must be empty; `base_folder` is where the server finds the same base model."""
         self.home = home
         self.findings = Findings()
         self._encoder, self._base_model, self._base_folder = encoder, base_model, base_folder
         self._background = measure_background(encoder)
-        self._examples = example_requests()
+        self._tasks = tasks
         self._model = CatalogModel(home)
         self._over = threading.Event()
         self._lock = threading.Lock()
-        self._retired = ""
 
     def run(self, seconds: float, publish_every: float) -> Findings:
         """Set up, load for `seconds` with a publish every `publish_every`, and check."""
         with Workshop(self.home, self._encoder) as workshop:
-            register_with_untuned_prompts(workshop, self._examples[:STAYING], self._base_model)
-            register_for_routing(workshop, self._examples[STAYING:])
+            register_with_untuned_prompts(workshop, self._tasks, self._base_model)
             with serving(self.home, "--base-model", self._base_folder) as served:
                 self._under_load(served, workshop, seconds, publish_every)
         return self.findings
@@ -126,21 +107,28 @@ class Soak:
     def _under_load(
         self, served: Served, workshop: Workshop, seconds: float, publish_every: float
     ) -> None:
+        segment = min(seconds / 4, _MOST_SEGMENT_SECONDS)
         threads = [
-            threading.Thread(target=self._load, args=(served, load)) for load in self._loads()
+            threading.Thread(target=self._load, args=(served, load, segment))
+            for load in self._loads()
         ]
         for thread in threads:
             thread.start()
+        moves = CatalogMoves(
+            workshop,
+            self._tasks[STAYING:],
+            partial(register_with_untuned_prompts, base_model=self._base_model),
+        )
+        self.findings.publishes = moves.made
         began = time.monotonic()
         try:
             with RouterClient(served.address) as client:
-                number, due = 0, began
+                due = began
                 while (now := time.monotonic()) < began + seconds:
                     self.findings.memory.append((now - began, served.resident_mib()))
                     if now >= due:
                         due = now + publish_every
-                        self._publish(workshop, number)
-                        number += 1
+                        moves.next()
                         self._compare(client, workshop)
                     time.sleep(min(0.5, max(began + seconds - time.monotonic(), 0)))
         finally:
@@ -149,7 +137,7 @@ class Soak:
                 thread.join()
 
     def _loads(self) -> list[Load]:
-        rows = held_out([task.name for task in self._examples[:STAYING]])
+        rows = held_out([task.name for task in self._tasks[:STAYING]])
         answered = {"texts": [t for t, _ in rows], "tasks": [task for _, task in rows]}
         short = short_texts()
         one = {"processes": 1, "timeout": 30.0}
@@ -161,11 +149,11 @@ class Soak:
             Load("Generate", texts=short, callers=1, **one),
         ]
 
-    def _load(self, served: Served, load: Load) -> None:
+    def _load(self, served: Served, load: Load, segment: float) -> None:
         try:
             with Clients(served.address, load) as clients:
                 while not self._over.is_set():
-                    self._check(load.method, clients.run(_SEGMENT_SECONDS, warm_up=0.0))
+                    self._check(load.method, clients.run(segment, warm_up=0.0))
         except Exception as error:
             self._note(f"{load.method}: {type(error).__name__}: {error}")
 
@@ -184,30 +172,6 @@ class Soak:
     def _note(self, problem: str) -> None:
         with self._lock:
             self.findings.problems.append(problem)
-
-    def _publish(self, workshop: Workshop, number: int) -> None:
-        """In turn: a task is revised, another retired, a third revised, the retired restored."""
-        coming = self._examples[STAYING:]
-        name = coming[number % len(coming)].name
-        if number % 4 == 1:
-            retire(workshop, name)
-            self._retired, kind = name, "retire"
-        elif number % 4 == 3:
-            restore(workshop, self._retired, force="a soak")
-            self._retired, kind = "", "restore"
-        else:
-            self._revise(workshop, number)
-            kind = "revise"
-        self.findings.publishes[kind] += 1
-
-    def _revise(self, workshop: Workshop, number: int) -> None:
-        """Other rows of the same task, so that decisions change."""
-        coming = [task for task in self._examples[STAYING:] if task.name != self._retired]
-        task = coming[number % len(coming)]
-        rows = read_labelled(task.data).examples
-        kept = [row for place, row in enumerate(rows) if place % 4 != number % 4]
-        data = write_examples(self.home / "revised.jsonl", kept)
-        register_for_routing(workshop, [RegisterTask(task.name, data, revise=True)])
 
     def _compare(self, client: RouterClient, workshop: Workshop) -> None:
         """Decisions of the server beside those of the same revision, computed here."""
@@ -285,7 +249,11 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
         soak = Soak(
-            Path(home), load_encoder(), load_base_model(DEFAULT_BASE_MODEL), DEFAULT_BASE_MODEL
+            Path(home),
+            load_encoder(),
+            load_base_model(DEFAULT_BASE_MODEL),
+            DEFAULT_BASE_MODEL,
+            example_requests(),
         )
         findings = soak.run(options.seconds, options.publish_every)
     print("\n".join(report(findings, options.seconds)))
