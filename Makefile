@@ -11,7 +11,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fuzz lint format proto bench bench-base-model bench-calibration bench-few-shot bench-prompts bench-route bench-routing clean
+.PHONY: help install demo test fuzz soak chaos lint format proto bench bench-base-model bench-calibration bench-few-shot bench-prompts bench-route bench-routing bench-serving clean
 
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -31,6 +31,12 @@ test: $(INSTALLED)  ## Run the tests (under ten minutes on two cores)
 
 fuzz: $(INSTALLED)  ## Try hostile input for long (the tests try it for short)
 	$(BIN)/pytest --hypothesis-profile=fuzz --timeout=0 tests/unit/test_hostile_input.py
+
+soak: $(INSTALLED)  ## A mixed load for 20 minutes while tasks come and go (the tests do it for seconds)
+	$(BIN)/python -m tests.benchmarks.soak
+
+chaos: $(INSTALLED)  ## Kill trainers and servers, 200 times and more (the tests do it less often)
+	$(BIN)/python -m tests.benchmarks.chaos
 
 lint: $(INSTALLED) $(BUF)  ## Format, lint, types, import contracts, proto, generated code
 	$(BIN)/ruff format --check .
@@ -52,7 +58,7 @@ $(BUF): $(INSTALLED)
 	npm install --prefix $(VENV)/node --no-audit --no-fund --silent @bufbuild/buf@$(BUF_VERSION)
 	@touch $@
 
-bench: bench-route bench-routing bench-calibration bench-few-shot bench-base-model bench-prompts  ## Run the benchmarks (PROMPTYARD_BENCH_DATA for all but the first)
+bench: bench-route bench-serving bench-routing bench-calibration bench-few-shot bench-base-model bench-prompts  ## Run the benchmarks (PROMPTYARD_BENCH_DATA for all but the first two)
 
 bench-route: $(INSTALLED)  ## What one Route call costs over the encoder and an empty gRPC call
 	$(BIN)/python tests/benchmarks/bench_route.py
@@ -62,6 +68,9 @@ bench-calibration: $(INSTALLED)  ## How far the probability of being right is fr
 
 bench-routing: $(INSTALLED)  ## Routing of public data sets beside other ways to route (writes docs/benchmarks)
 	$(BIN)/python tests/benchmarks/bench_routing.py
+
+bench-serving: $(INSTALLED)  ## Calls, rates, answers and overload of a server under load (writes docs/benchmarks)
+	$(BIN)/python -m tests.benchmarks.bench_serving $(if $(SEMANTIC_ROUTER),--semantic-router $(SEMANTIC_ROUTER))
 
 bench-few-shot: $(INSTALLED)  ## What prompts tuned on few rows answer, by what they start from
 	$(BIN)/python tests/benchmarks/bench_few_shot.py

@@ -15,7 +15,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
@@ -23,6 +24,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from router.bootstrap import load_encoder
 from router.client import RouterClient
+from router.interfaces import Encoder
 from trainer.commands import RegisterTask
 from trainer.demo import EXAMPLES, running_server
 from trainer.register import register
@@ -55,19 +57,11 @@ def main() -> None:
             register(workshop, requests, None, TuningSettings())
         # The texts come again and again, and it is the encoder that is to be compared with.
         os.environ["PROMPTYARD_CACHE_MIB"] = "0"
-        with running_server(home) as address, RouterClient(address) as client:
-            channel = grpc.insecure_channel(address)
-            health = health_pb2_grpc.HealthStub(channel)
-            contenders: dict[str, Callable[[str], object]] = {
-                "encoder alone": lambda text: encoder.encode([text]),
-                "empty gRPC call": lambda _: health.Check(health_pb2.HealthCheckRequest()),
-                "Route": client.route,
-            }
+        with running_server(home) as address, contenders(encoder, address) as calls:
             rounds = [
-                {name: _median(call, texts) for name, call in contenders.items()}
+                {name: median_seconds(call, texts) for name, call in calls.items()}
                 for _ in range(ROUNDS)
             ]
-            channel.close()
     medians = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
     floor = medians["encoder alone"] + medians["empty gRPC call"]
     ratios = [r["Route"] / (r["encoder alone"] + r["empty gRPC call"]) for r in rounds]
@@ -81,7 +75,20 @@ def main() -> None:
     sys.exit(0 if medians["Route"] / floor <= 2.5 else 1)
 
 
-def _median(call: Callable[[str], object], texts: list[str]) -> float:
+@contextmanager
+def contenders(encoder: Encoder, address: str) -> Iterator[dict[str, Callable[[str], object]]]:
+    """What is called, by name: `Route` at that address, and the two that are its floor."""
+    with grpc.insecure_channel(address) as channel, RouterClient(address) as client:
+        health = health_pb2_grpc.HealthStub(channel)
+        yield {
+            "encoder alone": lambda text: encoder.encode([text]),
+            "empty gRPC call": lambda _: health.Check(health_pb2.HealthCheckRequest()),
+            "Route": client.route,
+        }
+
+
+def median_seconds(call: Callable[[str], object], texts: list[str]) -> float:
+    """The median time of a call, after some that are not counted."""
     chosen = [texts[number % len(texts)] for number in range(CALLS + WARM_UP)]
     seconds = []
     for text in chosen:
