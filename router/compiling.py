@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from router.calibrating import fit_probability
 from router.cross_fitting import CrossFitting, Fold, HeldOutScores, cross_fitting
-from router.examples import Closeness, Examples, sample_examples
+from router.examples import Closeness, examples_per_task, sample_examples
 from router.fitting import (
     Background,
     Fitter,
@@ -37,10 +37,15 @@ _GONE = -2
 _SHRINKAGE_ROWS = 20
 # How many rows the terms are weighed on, about.
 _WEIGHED_ROWS = 4096
-# The weights that few rows change little, of terms of unit spread: discriminant, cosine, closeness.
-_PRIOR_WEIGHTS = (2.0, 1.0, 1.0)
+# The weights that few rows change little, of terms of unit spread: the discriminant, and beside it
+# the closeness or, where there is none, the cosine. Chosen on training rows, as the next number.
+_PRIOR_WEIGHTS = (2.0, 2.0)
+_PRIOR_WITH_COSINE = (2.0, 1.0)
+# The covariance of text in general knows the rows of all tasks. One that knows a row makes it look
+# common, which matters until there are so many rows for each dimension: then the folds share one.
+_ROWS_TO_SHARE = 8
 # The share of the likelihood ratio against text in general, which ranks as the discriminant does.
-_RATIO_SHARE = 0.25
+_RATIO_SHARE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,26 +68,30 @@ def compile_head(
     tasks = pool.tasks
     if not tasks:
         return empty_head(encoder, dimension)
+    near = policy.head == "auto" and examples_per_task(len(tasks)) > 0
     fitter: Fitter = fit_nearest_mean
     if policy.head != "nearest-mean":
-        fitter = lda_fitter(background)
+        fitter = lda_fitter(background, with_cosine=not near)
 
     def for_folds(total: Moments) -> Fitter:
         if policy.head == "nearest-mean":
             return fit_nearest_mean
-        general = general_precision(total, background, single=True)
-        return lda_fitter(background, single=True, general=general)
+        general = None
+        if total.counts.sum() >= _ROWS_TO_SHARE * dimension:
+            general = general_precision(total, background, single=True)
+        return lda_fitter(background, with_cosine=not near, single=True, general=general)
 
-    examples = sample_examples(tasks) if policy.head == "auto" else None
-    closeness = _closeness(examples) if examples is not None else None
     with cross_fitting(pool) as fitting:
         whole, folds = fitting.fit(fitter, for_folds)
+        center = whole.center.astype(np.float32)
+        examples = sample_examples(tasks, center, background.whitening) if near else None
+        closeness = Closeness(examples, 1.0) if examples is not None else None
         weights = _Weights((1.0,))
         if policy.head != "nearest-mean":
-            weights = _weigh(fitting, folds, closeness)
+            weights = _weigh(fitting, folds, closeness, center)
         counts = closeness is not None and weights.closeness > 0
         closeness = closeness.weighing(weights.closeness) if closeness and counts else None
-        held_out = fitting.score(folds, weights.terms, closeness)
+        held_out = fitting.score(folds, weights.terms, closeness, center)
     thresholds, margin = _calibrate(held_out, len(tasks), policy)
     decided = np.where(held_out.best >= thresholds[held_out.winner], held_out.winner, REJECTED)
     term = combine(whole, weights.terms)
@@ -94,7 +103,7 @@ def compile_head(
         row_task=whole.row_task,
         thresholds=tuple(thresholds.tolist()),
         ambiguity_margin=margin,
-        center=whole.center.astype(np.float32),
+        center=center,
         background=None if term.offset is None else term.offset.astype(np.float32),
         held_out=decided.astype(np.int32),
         summary=_summary(held_out, decided, margin, policy),
@@ -129,26 +138,22 @@ def held_out_by_task(head: Head, rows: Mapping[TaskKey, int]) -> dict[TaskKey, N
     return dict(zip(head.tasks, np.split(head.held_out, ends), strict=False))
 
 
-def _weigh(fitting: CrossFitting, folds: Sequence[Fold], closeness: Closeness | None) -> _Weights:
-    """Weights of the likelihood ratio, the discriminant and the cosine, and of the closeness."""
-    ratio, discriminant, cosine = (_spread(scores) for scores in fitting.own_scores(folds))
-    prior = _PRIOR_WEIGHTS if closeness is not None else _PRIOR_WEIGHTS[:-1]
-    finders = (0.0, prior[0] / discriminant, prior[1] / cosine)
-    contested = fitting.contested(folds, finders, closeness, _WEIGHED_ROWS)
+def _weigh(
+    fitting: CrossFitting, folds: Sequence[Fold], closeness: Closeness | None, center: FloatArray
+) -> _Weights:
+    """Weights of the likelihood ratio, the discriminant and the closeness or the cosine."""
+    _, discriminant, *others = (_spread(scores) for scores in fitting.own_scores(folds))
+    prior = _PRIOR_WITH_COSINE if closeness is None else _PRIOR_WEIGHTS
+    # Closeness finds no tasks: it is looked at for those that the other terms find.
+    finders = (0.0, prior[0] / discriminant, *(prior[1] / cosine for cosine in others))
+    contested = fitting.contested(folds, finders, closeness, center, _WEIGHED_ROWS)
     spreads = np.array([_spread(scores) for scores in contested.own_terms])
     found = weigh(contested.terms / spreads[:, None, None], contested.own, prior)
-    weights = (np.array(found) / spreads).tolist()
-    against_general = _RATIO_SHARE * sum(found) / len(prior) / ratio
-    return _Weights(
-        (against_general, weights[0] - against_general, weights[1]),
-        weights[2] if closeness is not None else 0.0,
-    )
-
-
-def _closeness(examples: Examples) -> Closeness:
-    """For queries `[x ; 1]`, times 1."""
-    center = np.zeros(examples.vectors.shape[1], np.float32)
-    return Closeness(examples.rows(center), examples.starts, 1.0)
+    first, second = (np.array(found) / spreads).tolist()
+    ranking = (_RATIO_SHARE * first, (1 - _RATIO_SHARE) * first)
+    if closeness is None:
+        return _Weights((*ranking, second))
+    return _Weights(ranking, second)
 
 
 def _spread(scores: FloatArray) -> float:

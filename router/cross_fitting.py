@@ -47,10 +47,9 @@ class Fold:
         """The number of each row's task `[n]`."""
         return np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
 
-    def queries(self, rows: NDArray[np.int64] | slice) -> FloatArray:
-        """Queries `[n, D + 1]` for the examples: embeddings, not centred, and a one."""
-        vectors = self.centered[rows] + self.fit.center.astype(np.float32)
-        return np.concatenate([vectors, np.ones((len(vectors), 1), np.float32)], axis=1)
+    def centered_at(self, center: FloatArray, rows: NDArray[np.int64] | slice) -> FloatArray:
+        """The embeddings `[n, D]` of some rows, centred elsewhere than the fit centres them."""
+        return self.centered[rows] + (self.fit.center.astype(np.float32) - center)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,18 +134,20 @@ class CrossFitting:
         folds: Sequence[Fold],
         weights: Sequence[float],
         closeness: Closeness | None,
+        center: FloatArray,
         most_rows: int,
     ) -> Contested:
         """The first rows of every task, about `most_rows` in all, and the tasks that come closest.
 
         `weights` are those of the terms that find these tasks; terms of no weight are left out.
-        Closeness is the last term.
+        Closeness is the last term; it is of embeddings centred at `center` `[D]`.
         """
         per_task = -(-most_rows // max(len(self._pool.tasks), 1))
         width = min(len(np.unique(fold.fit.row_task)) for fold in folds)
         parts = list(
             self._threads.map(
-                lambda fold: _contested_in_fold(fold, weights, closeness, per_task, width), folds
+                lambda fold: _contested_in_fold(fold, weights, closeness, center, per_task, width),
+                folds,
             )
         )
         return Contested(
@@ -155,16 +156,27 @@ class CrossFitting:
         )
 
     def score(
-        self, folds: Sequence[Fold], weights: Sequence[float], closeness: Closeness | None = None
+        self,
+        folds: Sequence[Fold],
+        weights: Sequence[float],
+        closeness: Closeness | None,
+        center: FloatArray,
     ) -> HeldOutScores:
-        """Score every row by the fit without its fold; the rows are in canonical order again."""
+        """Score every row by the fit without its fold; the rows are in canonical order again.
+
+        Closeness is of embeddings centred at `center` `[D]`.
+        """
         count = sum(len(fold.places) for fold in folds)
         own = np.full(count, -np.inf, np.float32)
         scores = HeldOutScores(
             np.zeros(count, np.int64), own, np.zeros(count, np.int64), own.copy(), own.copy()
         )
         # Every fold writes to the places of its own rows.
-        list(self._threads.map(lambda fold: _score_fold(fold, weights, closeness, scores), folds))
+        list(
+            self._threads.map(
+                lambda fold: _score_fold(fold, weights, closeness, center, scores), folds
+            )
+        )
         return scores
 
 
@@ -194,6 +206,7 @@ def _contested_in_fold(
     fold: Fold,
     weights: Sequence[float],
     closeness: Closeness | None,
+    center: FloatArray,
     per_task: int,
     width: int,
 ) -> Contested:
@@ -219,7 +232,7 @@ def _contested_in_fold(
     best_rows = _best_rows(together, starts, tasks)
     terms = [np.take_along_axis(scores, best_rows, 1) for scores in per_term]
     if closeness is not None:
-        terms.append(closeness.of(fold.queries(rows), present[tasks], fold.number))
+        terms.append(closeness.of(fold.centered_at(center, rows), present[tasks], fold.number))
     return Contested(np.stack(terms), (tasks == own_task[:, None]).argmax(1))
 
 
@@ -237,7 +250,11 @@ def _best_rows(
 
 
 def _score_fold(
-    fold: Fold, weights: Sequence[float], closeness: Closeness | None, found: HeldOutScores
+    fold: Fold,
+    weights: Sequence[float],
+    closeness: Closeness | None,
+    center: FloatArray,
+    found: HeldOutScores,
 ) -> None:
     rows = combine(fold.fit, weights).rows.astype(np.float32)
     tasks, present = len(fold.starts) - 1, np.unique(fold.fit.row_task)
@@ -256,7 +273,7 @@ def _score_fold(
             scores = np.full((len(at), tasks), -np.inf, np.float32)
             scores[:, present] = by_task
         if closeness is not None:
-            closeness.add_to(scores, fold.queries(chunk), fold.number)
+            closeness.add_to(scores, fold.centered_at(center, chunk), fold.number)
         number = np.arange(len(at))
         found.task[at] = own_task[chunk]
         found.own[at] = scores[number, own_task[chunk]]

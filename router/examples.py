@@ -1,10 +1,11 @@
-"""Closeness: how near a text is to the nearest stored row of a task.
+"""Closeness: how near a text is to the nearest stored rows of a task.
 
-Means and covariances smooth over what a task's rows are really like. The cosine to the nearest
-stored row tells what they leave out: it decides between tasks that lie close together, and it
-keeps texts away that lie between a task's rows and text in general. A row that is alone reaches
-further than one in a crowd: a quarter of the cosine to its own nearest neighbour is taken off
-(after the local outlier factor, Breunig et al. 2000).
+Means and covariances smooth over what a task's rows are really like. The mean cosine to the five
+nearest stored rows tells what they leave out: it decides between tasks that lie close together, and
+it keeps texts away that lie between a task's rows and text in general. Cosines are of centred and
+partly whitened embeddings (`router.whitening`). A row that is alone reaches further than one in a
+crowd: a quarter of the cosine to its own nearest neighbour is taken off (after the local outlier
+factor, Breunig et al. 2000).
 
 A head keeps a bounded sample for that: at most 16,384 rows in all (36 MiB at 1,152 dimensions), the
 same number of each task and at most 256, and none where that would be fewer than four. A search
@@ -21,12 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router.interfaces import FloatArray
-from router.statistics import FIXED_POINT, FOLDS, TaskStatistics
+from router.statistics import FIXED_POINT, FOLDS, TaskStatistics, to_fixed_point
+from router.whitening import whitened
 
 MAX_EXAMPLES = 16_384
 MAX_EXAMPLES_PER_TASK = 256
 LEAST_EXAMPLES_PER_TASK = 4
 SHORTLIST = 5
+NEIGHBOURS = 5
 
 # How much of the cosine to its nearest neighbour an example gives up, and what a lone one does.
 _CROWDING = np.float32(0.25)
@@ -38,15 +41,16 @@ _LEAST_CLOSENESS = np.float32(-1.25)
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """Stored rows of the tasks: fixed-point embeddings `[E, D]` int16, and biases `[E]`.
+    """Stored rows of the tasks: whitened unit vectors `[E, D]` int16, and biases `[E]`.
 
     Those of task t are `starts[t]` to `starts[t + 1]` (`starts` is `[K + 1]`). Example i of a task
-    is its stored row i.
+    is its stored row i. `whitening` `[D, R]` is for queries, centred as the examples were.
     """
 
     vectors: NDArray[np.int16]
     biases: FloatArray
     starts: NDArray[np.int64]
+    whitening: FloatArray
 
     def fit(self, tasks: int, dimension: int) -> bool:
         """Whether these are examples for so many tasks in so many dimensions."""
@@ -60,27 +64,42 @@ class Examples:
             and int(self.starts[0]) == 0
             and int(self.starts[-1]) == len(self.vectors)
             and bool((np.diff(self.starts) > 0).all())
+            and self.whitening.ndim == 2
+            and len(self.whitening) == dimension
+            and bool(np.isfinite(self.whitening).all())
         )
 
-    def rows(self, center: FloatArray) -> FloatArray:
-        """Rows `[E, D + 1]`: with a query `[x - center ; 1]` the cosine to x plus the bias."""
-        vectors = _floats(self.vectors)
-        return np.concatenate([vectors, (vectors @ center + self.biases)[:, None]], axis=1)
+    def rows(self) -> FloatArray:
+        """Rows `[E, D + 1]`: with `[u ; 1]`, u a whitened unit vector, the cosine plus the bias."""
+        return np.concatenate([_floats(self.vectors), self.biases[:, None]], axis=1)
 
 
-def sample_examples(tasks: Sequence[TaskStatistics]) -> Examples | None:
+def examples_per_task(tasks: int) -> int:
+    """How many examples each of so many tasks has at most; 0 where none has any."""
+    most = min(MAX_EXAMPLES // max(tasks, 1), MAX_EXAMPLES_PER_TASK)
+    return most if tasks and most >= LEAST_EXAMPLES_PER_TASK else 0
+
+
+def sample_examples(
+    tasks: Sequence[TaskStatistics], center: FloatArray, whitening: FloatArray
+) -> Examples | None:
     """The first rows of every task, as good as drawn; None where there are too many tasks.
 
     How many depends on the number of tasks alone, so that the same tasks give the same examples.
+    Embeddings are centred at `center` `[D]` and whitened with `whitening` `[D, R]`.
     """
-    most = min(MAX_EXAMPLES // max(len(tasks), 1), MAX_EXAMPLES_PER_TASK)
-    if not tasks or most < LEAST_EXAMPLES_PER_TASK:
+    most = examples_per_task(len(tasks))
+    if not most:
         return None
-    chosen = [task.embeddings[:most] for task in tasks]
+    chosen = [
+        to_fixed_point(whitened(_floats(task.embeddings[:most]) - center, whitening))
+        for task in tasks
+    ]
     return Examples(
         np.concatenate(chosen),
         np.concatenate([_crowding(vectors) for vectors in chosen]),
         np.cumsum([0, *map(len, chosen)], dtype=np.int64),
+        whitening,
     )
 
 
@@ -98,11 +117,11 @@ def _floats(fixed: NDArray[np.int16]) -> FloatArray:
 
 
 class Closeness:
-    """Products with the best example of a task, times `weight`. Threads may share it."""
+    """The mean product with a task's nearest examples, times `weight`. Threads may share it."""
 
-    def __init__(self, rows: FloatArray, starts: NDArray[np.int64], weight: float) -> None:
-        """Take rows `[E, W]`; those of task t are `starts[t]` to `starts[t + 1]`."""
-        self._of_task = np.split(np.ascontiguousarray(rows, np.float32), starts[1:-1])
+    def __init__(self, examples: Examples, weight: float) -> None:
+        self._of_task = np.split(examples.rows(), examples.starts[1:-1])
+        self._whitening = examples.whitening
         self.weight = np.float32(weight)
 
     def weighing(self, weight: float) -> Closeness:
@@ -112,31 +131,33 @@ class Closeness:
         return other
 
     def of(
-        self, queries: FloatArray, tasks: NDArray[np.int64], without_fold: int | None = None
+        self, centered: FloatArray, tasks: NDArray[np.int64], without_fold: int | None = None
     ) -> FloatArray:
-        """Closeness `[B, S]` of each query `[B, W]` to each of its tasks `[B, S]`.
+        """Closeness `[B, S]` of each centred embedding `[B, D]` to each of its tasks `[B, S]`.
 
         Examples of the fold `without_fold` are left out.
         """
         nearest = np.full(tasks.shape, _LEAST_CLOSENESS)
         if not tasks.size:
             return nearest
+        units = whitened(centered, self._whitening)
+        queries = np.concatenate([units, np.ones((len(units), 1), np.float32)], axis=1)
         order = np.argsort(tasks, axis=None, kind="stable")
         numbers, starts = np.unique(tasks.ravel()[order], return_index=True)
         for number, places in zip(numbers, np.split(order, starts[1:]), strict=True):
             row, column = np.divmod(places, tasks.shape[1])
-            cosines = queries[row] @ self._of_task[number].T
+            rows = self._of_task[number]
             if without_fold is not None:
-                cosines[:, without_fold::FOLDS] = _LEAST_CLOSENESS
-            if cosines.shape[1]:
-                nearest[row, column] = cosines.max(1)
+                rows = rows[np.arange(len(rows)) % FOLDS != without_fold]
+            if len(rows):
+                nearest[row, column] = _mean_of_highest(queries[row] @ rows.T)
         return nearest * self.weight
 
     def add_to_best(
         self,
         scores: FloatArray,
         tasks: NDArray[np.int64],
-        queries: FloatArray,
+        centered: FloatArray,
         without_fold: int | None = None,
     ) -> None:
         """Add to scores `[B, N]` of tasks `[B, N]`, best first. Only the best ones' are looked at.
@@ -145,22 +166,29 @@ class Closeness:
         """
         if not scores.size:
             return
-        added = self.of(queries, tasks[:, :SHORTLIST], without_fold)
+        added = self.of(centered, tasks[:, :SHORTLIST], without_fold)
         scores[:, :SHORTLIST] += added
         scores[:, SHORTLIST:] += added.min(1, keepdims=True)
 
     def add_to(
-        self, scores: FloatArray, queries: FloatArray, without_fold: int | None = None
+        self, scores: FloatArray, centered: FloatArray, without_fold: int | None = None
     ) -> None:
         """Add to scores `[B, K]` of all tasks, in the order of their numbers, as `add_to_best`."""
         if not scores.size:
             return
         tasks = best_first(scores)
-        added = self.of(queries, tasks, without_fold)
+        added = self.of(centered, tasks, without_fold)
         least = added.min(1, keepdims=True)
         best = np.take_along_axis(scores, tasks, 1) + added
         scores += least
         np.put_along_axis(scores, tasks, best, 1)
+
+
+def _mean_of_highest(products: FloatArray) -> FloatArray:
+    """The mean `[n]` of the highest of products `[n, E]`: of all where there are few."""
+    count = min(NEIGHBOURS, products.shape[1])
+    highest = np.partition(products, -count, axis=1)[:, -count:]
+    return np.asarray(highest.mean(1), np.float32)
 
 
 def best_first(scores: FloatArray) -> NDArray[np.int64]:

@@ -3,17 +3,18 @@
 Two kinds:
 
 - `nearest-mean`: cosine to the normalised mean of each task. A row depends on its own task alone.
-- `lda`: linear discriminant analysis over shrunken sub-centroids. Three terms are weighed and added
+- `lda`: linear discriminant analysis over shrunken sub-centroids. Its terms are weighed and added
   up: the likelihood ratio against a broad Gaussian of text in general (a relative Mahalanobis
-  distance, Ren et al. 2021, arXiv:2106.09022), the discriminant against text in general as one more
-  class, and the cosine. The first two rank the tasks alike and err differently on what belongs to
-  none, so that their sum rejects better than each.
+  distance, Ren et al. 2021, arXiv:2106.09022), the discriminant against text in general as one
+  more class, and, where no stored rows are looked at, the cosine. The first two rank the tasks
+  alike and err differently on what belongs to none, so that their sum rejects better than each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,18 +23,24 @@ from scipy.linalg import lapack
 
 from router.interfaces import FloatArray
 from router.statistics import FIXED_POINT, ExactArray, Moments
+from router.whitening import whitening_of
 
 RealArray = NDArray[np.floating[Any]]
 
 _PRIOR_ROWS = 15.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Background:
     """Mean `[D]` and covariance `[D, D]` of an encoder's embeddings of general text."""
 
     mean: ExactArray
     covariance: ExactArray
+
+    @cached_property
+    def whitening(self) -> FloatArray:
+        """The directions `[D, R]` of text in general, for `router.whitening.whitened`."""
+        return whitening_of(self.covariance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +84,13 @@ def general_precision(
 
 
 def lda_fitter(
-    background: Background, *, single: bool = False, general: RealArray | None = None
+    background: Background,
+    *,
+    with_cosine: bool = True,
+    single: bool = False,
+    general: RealArray | None = None,
 ) -> Fitter:
-    """One row per cluster, three terms: two log-likelihood ratios, and the cosine.
+    """One row per cluster, two or three terms: two log-likelihood ratios, and the cosine.
 
     `single` inverts and multiplies in float32, in half the time: for fits that only calibrate.
     (Shrinkage keeps the condition of the covariances under 1e5 for a million rows.)
@@ -99,15 +110,12 @@ def lda_fitter(
         wide = general_precision(moments, background, single=single) if general is None else general
         discriminant = _discriminant((centroids - mean).astype(number), precision)
         general_row = _discriminant((background.mean[None] - mean).astype(number), precision)
-        cosines = _unit(centroids.astype(number))
-        # The search is over centred embeddings: c.x = c.(x - mean) + c.mean
-        cosine = np.concatenate([cosines, (cosines @ mean.astype(number))[:, None]], axis=1)
-        terms = (
-            Term(discriminant, precision - wide),
-            Term(discriminant - general_row),
-            Term(cosine),
-        )
-        return Fit(terms, mean, moments.task_of)
+        terms = [Term(discriminant, precision - wide), Term(discriminant - general_row)]
+        if with_cosine:
+            cosines = _unit(centroids.astype(number))
+            # The search is over centred embeddings: c.x = c.(x - mean) + c.mean
+            terms.append(Term(np.column_stack([cosines, cosines @ mean.astype(number)])))
+        return Fit(tuple(terms), mean, moments.task_of)
 
     return fit_lda
 

@@ -19,7 +19,7 @@ from router.interfaces import FloatArray
 from router.probability import MatchProbability
 from router.tasks import TaskKey
 
-HEAD_FORMAT = 2
+HEAD_FORMAT = 3
 
 CALIBRATION_LEVELS = tuple(step / 20 for step in range(1, 20))
 """Q levels of the quantiles of scores that a head keeps, to tell drift."""
@@ -68,8 +68,7 @@ class Head:
         """What the examples add to the scores of queries; None where the head has none."""
         if self.examples is None:
             return None
-        rows = self.examples.rows(self.center)
-        return Closeness(rows, self.examples.starts, self.closeness_weight)
+        return Closeness(self.examples, self.closeness_weight)
 
     def scores(self, vectors: FloatArray) -> FloatArray:
         """Scores `[B, K]` of every task for embeddings `[B, D]`. For evaluation, not serving."""
@@ -88,7 +87,7 @@ class Head:
         scores = best_row_per_task(queries @ self.rows.T, self.row_task)
         closeness = self.closeness()
         if closeness is not None:
-            closeness.add_to(scores, queries)
+            closeness.add_to(scores, queries[:, :-1])
         return scores
 
     def to_bytes(self) -> bytes:
@@ -106,6 +105,7 @@ class Head:
             tensors["examples"] = self.examples.vectors
             tensors["example_biases"] = self.examples.biases
             tensors["example_starts"] = self.examples.starts
+            tensors["whitening"] = self.examples.whitening
         if self.calibration is not None:
             tensors["calibration"] = self.calibration
         about = {
@@ -232,7 +232,12 @@ def best_row_per_task(row_scores: FloatArray, row_task: NDArray[np.int64]) -> Fl
 def _examples(tensors: Mapping[str, NDArray[Any]]) -> Examples | None:
     if "examples" not in tensors:
         return None
-    return Examples(tensors["examples"], tensors["example_biases"], tensors["example_starts"])
+    return Examples(
+        tensors["examples"],
+        tensors["example_biases"],
+        tensors["example_starts"],
+        tensors["whitening"],
+    )
 
 
 def digest(content: bytes) -> str:

@@ -42,7 +42,7 @@ class CentroidIndex:
         if self._closeness is None:
             return self._search(queries, k)
         scores, tasks = self._search(queries, max(k, min(SHORTLIST, self._tasks)))
-        self._closeness.add_to_best(scores, tasks, queries)
+        self._closeness.add_to_best(scores, tasks, queries[:, :-1])
         order = np.lexsort((tasks, -scores))[:, :k]
         return np.take_along_axis(scores, order, 1), np.take_along_axis(tasks, order, 1)
 

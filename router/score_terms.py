@@ -23,7 +23,9 @@ TERM_NAMES = {
     "lda": _LDA,
     "nearest-mean": ("cosine",),
 }
-"""The terms of each kind of head, in the order of its fit; `auto` may add the closeness."""
+"""The terms of each kind of head without examples, in the order of its fit."""
+
+WITH_EXAMPLES = ("likelihood", "discriminant", "closeness")
 
 # Heads are stored in single precision.
 _TOLERANCE = 1e-3
@@ -50,7 +52,7 @@ class ScoreTerms:
         closeness = head.closeness()
         if closeness is None:
             return linear
-        return (*linear, float(closeness.of(query[None], np.array([[task]]))[0, 0]))
+        return (*linear, float(closeness.of(centered, np.array([[task]]))[0, 0]))
 
 
 def score_terms(
@@ -59,7 +61,9 @@ def score_terms(
     """The terms of `head`, which was compiled from `tasks`; None for a kind that is not known."""
     if head.kind not in TERM_NAMES:
         return None
-    fitter: Fitter = fit_nearest_mean if head.kind == "nearest-mean" else lda_fitter(background)
+    fitter: Fitter = fit_nearest_mean
+    if head.kind != "nearest-mean":
+        fitter = lda_fitter(background, with_cosine=head.examples is None)
     pool = PooledMoments(len(head.center))
     pool.update(tasks)
     with one_blas_thread():
@@ -67,9 +71,8 @@ def score_terms(
         weights = _weights(fit, head)
     if weights is None:
         return None
-    closeness = ("closeness",) if head.examples is not None else ()
     return ScoreTerms(
-        TERM_NAMES[head.kind] + closeness,
+        TERM_NAMES[head.kind] if head.examples is None else WITH_EXAMPLES,
         tuple(
             (weight * term.rows).astype(np.float32)
             for weight, term in zip(weights, fit.terms, strict=True)

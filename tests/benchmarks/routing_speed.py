@@ -60,7 +60,8 @@ def head_at_1000_tasks(encoder: Encoder, rows: Sequence[tuple[str, str]]) -> dic
             )
             if kind == "auto":
                 # Also where these tasks give the examples no weight: others would.
-                head = replace(head, examples=sample_examples(pool.tasks), closeness_weight=1.0)
+                examples = sample_examples(pool.tasks, head.center, background.whitening)
+                head = replace(head, examples=examples, closeness_weight=1.0)
             snapshot = Snapshot.build(1, head, {})
             embedded = [encoder.encode([text]) for text in texts[:100]]
             deciding = _median_ms(partial(_decide, snapshot, embedded))

@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 
 from router.cross_fitting import cross_fitting
-from router.examples import SHORTLIST, Closeness, sample_examples
+from router.examples import NEIGHBOURS, SHORTLIST, Closeness, sample_examples
 from router.fitting import combine, lda_fitter
 from router.head import best_row_per_task
 from router.statistics import FOLDS, PooledMoments, TaskStatistics
 from tests.catalogs import random_task, wide_background
 
 DIMENSION = 8
+ORIGIN = np.zeros(DIMENSION, np.float32)
+PLAIN = np.zeros((DIMENSION, 1), np.float32)
+"""A whitening that changes nothing."""
 
 
 def pooled(tasks: list[TaskStatistics]) -> PooledMoments:
@@ -22,9 +25,9 @@ def pooled(tasks: list[TaskStatistics]) -> PooledMoments:
 
 
 def closeness_of(tasks: list[TaskStatistics], weight: float) -> Closeness:
-    examples = sample_examples(tasks)
+    examples = sample_examples(tasks, ORIGIN, PLAIN)
     assert examples is not None
-    return Closeness(examples.rows(np.zeros(DIMENSION, np.float32)), examples.starts, weight=weight)
+    return Closeness(examples, weight)
 
 
 @pytest.mark.parametrize("weight", [0.0, 3.0])
@@ -38,12 +41,14 @@ def test_rows_are_scored_by_a_fit_to_the_rows_of_the_other_folds(
         for n, count in enumerate(rows)
     ]
     fitter, weights = lda_fitter(wide_background(DIMENSION)), (0.5, 0.3, 2.0)
-    examples = sample_examples(tasks)
+    examples = sample_examples(tasks, ORIGIN, PLAIN)
     assert examples is not None
     biases = np.split(examples.biases, examples.starts[1:-1])
     with cross_fitting(pooled(tasks)) as fitting:
         _, folds = fitting.fit(fitter, lambda _: fitter)
-        found = fitting.score(folds, weights, closeness_of(tasks, weight) if weight else None)
+        found = fitting.score(
+            folds, weights, closeness_of(tasks, weight) if weight else None, ORIGIN
+        )
     moments = pooled(tasks)
     place = 0
     for number, task in enumerate(tasks):
@@ -59,7 +64,8 @@ def test_rows_are_scored_by_a_fit_to_the_rows_of_the_other_folds(
             for other, near in enumerate(tasks):
                 cosines = near.vectors @ vector + biases[other]
                 kept = cosines[near.folds != row % FOLDS]
-                scores[other] += weight * max(kept, default=-1.25)
+                nearest = np.sort(kept)[-NEIGHBOURS:]
+                scores[other] += weight * (nearest.mean() if len(nearest) else -1.25)
             assert found.task[place] == number
             ranked = np.sort(scores)[::-1]
             np.testing.assert_allclose(found.own[place], scores[number], rtol=1e-4, atol=1e-4)
@@ -80,7 +86,7 @@ def test_own_scores_are_those_of_the_own_task_and_leave_out_rows_that_have_none(
         fitter = lda_fitter(wide_background(DIMENSION))
         _, folds = fitting.fit(fitter, lambda _: fitter)
         own = fitting.own_scores(folds)
-        found = fitting.score(folds, (1.0, 1.0, 1.0))
+        found = fitting.score(folds, (1.0, 1.0, 1.0), None, ORIGIN)
     assert [len(scores) for scores in own] == [15, 15, 15]
     assert np.isneginf(found.own[15])
     np.testing.assert_allclose(np.sort(np.sum(own, 0)), np.sort(found.own[:15]), rtol=1e-4)
@@ -95,8 +101,10 @@ def test_contested_rows_are_compared_with_the_tasks_that_come_closest_and_their_
     with cross_fitting(pooled(tasks)) as fitting:
         fitter = lda_fitter(wide_background(DIMENSION))
         _, folds = fitting.fit(fitter, lambda _: fitter)
-        contested = fitting.contested(folds, (0.0, 1.0, 0.0), closeness_of(tasks, 1.0), 4 * 15)
-        scored = fitting.score(folds, (0.0, 1.0, 0.0))
+        contested = fitting.contested(
+            folds, (0.0, 1.0, 0.0), closeness_of(tasks, 1.0), ORIGIN, 4 * 15
+        )
+        scored = fitting.score(folds, (0.0, 1.0, 0.0), None, ORIGIN)
     assert contested.terms.shape == (2, 60, SHORTLIST)
     places = np.concatenate([fold.places[fold.places % 12 < 4] for fold in folds])
     np.testing.assert_allclose(contested.own_terms[0], scored.own[places], rtol=1e-4, atol=1e-4)
@@ -110,4 +118,4 @@ def test_terms_without_weight_are_left_out_and_closeness_where_there_is_none() -
     with cross_fitting(pooled(tasks)) as fitting:
         fitter = lda_fitter(wide_background(DIMENSION))
         _, folds = fitting.fit(fitter, lambda _: fitter)
-        assert fitting.contested(folds, (0.0, 1.0, 1.0), None, 100).terms.shape == (2, 9, 3)
+        assert fitting.contested(folds, (0.0, 1.0, 1.0), None, ORIGIN, 100).terms.shape == (2, 9, 3)

@@ -122,6 +122,17 @@ def test_lda_scores_are_relative_mahalanobis_distances_and_cosines(
     ]
 
 
+def test_without_the_cosine_the_other_terms_are_the_same() -> None:
+    rng = np.random.default_rng(3)
+    moments = moments_of([random_task(name, rng, rows=9, dimension=DIMENSION) for name in "ab"])
+    background = a_background(rng)
+    ratio, contrast, _ = lda_fitter(background)(moments).terms
+    for found, expected in zip(
+        lda_fitter(background, with_cosine=False)(moments).terms, (ratio, contrast), strict=True
+    ):
+        np.testing.assert_array_equal(found.rows, expected.rows)
+
+
 def test_the_nearest_mean_is_the_normalised_mean_of_each_task_without_an_offset() -> None:
     rng = np.random.default_rng(0)
     tasks = [

@@ -16,6 +16,7 @@ from safetensors.numpy import load, save
 
 from router.compiling import HEAD_KINDS, compile_head
 from router.errors import CorruptArtifactError
+from router.examples import NEIGHBOURS
 from router.head import Head, best_row_per_task, digest, empty_head, with_thresholds
 from router.statistics import PooledMoments
 from router.tasks import Policy, TaskKey
@@ -96,9 +97,12 @@ def test_scores_are_those_of_rows_centre_background_and_examples(kind: str) -> N
     )
     assert (head.examples is not None) == (kind == "auto")
     if head.examples is not None:
-        cosines = vectors @ (head.examples.vectors.T / 2.0**15) + head.examples.biases
+        directions = head.examples.whitening
+        units = centered - centered @ directions @ directions.T
+        units /= np.linalg.norm(units, axis=1, keepdims=True)
+        cosines = units @ (head.examples.vectors.T / 2.0**15) + head.examples.biases
         per_task = np.split(cosines, head.examples.starts[1:-1], axis=1)
-        near = np.stack([cosines.max(1) for cosines in per_task], axis=1)
+        near = np.stack([np.sort(each, 1)[:, -NEIGHBOURS:].mean(1) for each in per_task], axis=1)
         expected += head.closeness_weight * near
     np.testing.assert_allclose(head.scores(vectors), expected, rtol=1e-3, atol=1e-3)
 
