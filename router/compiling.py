@@ -43,7 +43,7 @@ _PRIOR_WEIGHTS = (2.0, 2.0)
 _PRIOR_WITH_COSINE = (2.0, 1.0)
 # The covariance of text in general knows the rows of all tasks. One that knows a row makes it look
 # common, which matters until there are so many rows for each dimension: then the folds share one.
-_ROWS_TO_SHARE = 8
+_ROWS_TO_SHARE = 4
 # The share of the likelihood ratio against text in general, which ranks as the discriminant does.
 _RATIO_SHARE = 0.5
 

@@ -146,11 +146,13 @@ class Closeness:
         numbers, starts = np.unique(tasks.ravel()[order], return_index=True)
         for number, places in zip(numbers, np.split(order, starts[1:]), strict=True):
             row, column = np.divmod(places, tasks.shape[1])
-            rows = self._of_task[number]
+            products = queries[row] @ self._of_task[number].T
+            left = products.shape[1]
             if without_fold is not None:
-                rows = rows[np.arange(len(rows)) % FOLDS != without_fold]
-            if len(rows):
-                nearest[row, column] = _mean_of_highest(queries[row] @ rows.T)
+                products[:, without_fold::FOLDS] = _LEAST_CLOSENESS
+                left -= products[:, without_fold::FOLDS].shape[1]
+            if left:
+                nearest[row, column] = _mean_of_highest(products, min(left, NEIGHBOURS))
         return nearest * self.weight
 
     def add_to_best(
@@ -184,9 +186,8 @@ class Closeness:
         np.put_along_axis(scores, tasks, best, 1)
 
 
-def _mean_of_highest(products: FloatArray) -> FloatArray:
-    """The mean `[n]` of the highest of products `[n, E]`: of all where there are few."""
-    count = min(NEIGHBOURS, products.shape[1])
+def _mean_of_highest(products: FloatArray, count: int) -> FloatArray:
+    """The mean `[n]` of the highest `count` of products `[n, E]`."""
     highest = np.partition(products, -count, axis=1)[:, -count:]
     return np.asarray(highest.mean(1), np.float32)
 
