@@ -124,6 +124,18 @@ class FakeLanguageModel:
         """The words of each text in capitals, until they end or `max_new_tokens`."""
         return FakeRunningBatch(self)
 
+    def generate(self, inputs: Sequence[PromptedInput], max_new_tokens: int) -> list[Generation]:
+        """All of them in one batch."""
+        batch = self.start_batch()
+        rows = [batch.prepare(item, max_new_tokens) for item in inputs]
+        assert batch.join(rows) == len(rows)
+        answers: dict[int, Generation] = {}
+        while len(batch):
+            for written in batch.step():
+                if written.generation is not None:
+                    answers[id(written.row)] = written.generation
+        return [answers[id(row)] for row in rows]
+
     def begin(self, inputs: Sequence[PromptedInput]) -> None:
         """Work on a batch."""
         self.batches.append(list(inputs))

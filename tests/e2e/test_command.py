@@ -147,20 +147,21 @@ def test_a_task_that_comes_back_and_takes_others_rows_is_refused(
     home: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "home"
-    data = write(tmp_path / "rain.jsonl", TASKS["weather"])
+    # Of tasks with the same rows the first by name gets them.
+    data = write(tmp_path / "wind.jsonl", TASKS["weather"])
     flags = ("--no-prompt", "--home", folder, "--json")
     document(promptyard("register", "weather", "--data", data, *flags))
     document(promptyard("retire", "weather", "--home", folder, "--json"))
-    for name in ("rain", "banking"):
+    for name in ("wind", "banking"):
         rows = write(tmp_path / f"{name}.jsonl", TASKS.get(name, TASKS["weather"]))
         document(promptyard("register", name, "--data", rows, *flags))
     error = document(promptyard("restore", "weather", "--home", folder, "--json"), exit_code=3)
     assert error["error"]["reason"] == "REGISTRATION_REFUSED"
     people = promptyard("restore", "weather", "--home", folder)
     assert people.exit_code == 3
-    assert "rain@1" in people.stdout
+    assert "wind@1" in people.stdout
     forced = promptyard("restore", "weather", "--force", "a trial", "--home", folder, "--json")
-    assert document(forced)["gate"]["taken"][0]["task"] == "rain@1"
+    assert document(forced)["gate"]["taken"][0]["task"] == "wind@1"
 
 
 def test_a_policy_goes_to_the_server_with_the_call(address: str) -> None:
