@@ -88,10 +88,10 @@ def compile_head(
         closeness = Closeness(examples, 1.0) if examples is not None else None
         weights = _Weights((1.0,))
         if policy.head != "nearest-mean":
-            weights = _weigh(fitting, folds, closeness, center)
+            weights = _weigh(fitting, folds, closeness)
         counts = closeness is not None and weights.closeness > 0
         closeness = closeness.weighing(weights.closeness) if closeness and counts else None
-        held_out = fitting.score(folds, weights.terms, closeness, center)
+        held_out = fitting.score(folds, weights.terms, closeness)
     thresholds, margin = _calibrate(held_out, len(tasks), policy)
     decided = np.where(held_out.best >= thresholds[held_out.winner], held_out.winner, REJECTED)
     term = combine(whole, weights.terms)
@@ -138,15 +138,13 @@ def held_out_by_task(head: Head, rows: Mapping[TaskKey, int]) -> dict[TaskKey, N
     return dict(zip(head.tasks, np.split(head.held_out, ends), strict=False))
 
 
-def _weigh(
-    fitting: CrossFitting, folds: Sequence[Fold], closeness: Closeness | None, center: FloatArray
-) -> _Weights:
+def _weigh(fitting: CrossFitting, folds: Sequence[Fold], closeness: Closeness | None) -> _Weights:
     """Weights of the likelihood ratio, the discriminant and the closeness or the cosine."""
     _, discriminant, *others = (_spread(scores) for scores in fitting.own_scores(folds))
     prior = _PRIOR_WITH_COSINE if closeness is None else _PRIOR_WEIGHTS
     # Closeness finds no tasks: it is looked at for those that the other terms find.
     finders = (0.0, prior[0] / discriminant, *(prior[1] / cosine for cosine in others))
-    contested = fitting.contested(folds, finders, closeness, center, _WEIGHED_ROWS)
+    contested = fitting.contested(folds, finders, closeness, _WEIGHED_ROWS)
     spreads = np.array([_spread(scores) for scores in contested.own_terms])
     found = weigh(contested.terms / spreads[:, None, None], contested.own, prior)
     first, second = (np.array(found) / spreads).tolist()

@@ -134,19 +134,18 @@ class CrossFitting:
         folds: Sequence[Fold],
         weights: Sequence[float],
         closeness: Closeness | None,
-        center: FloatArray,
         most_rows: int,
     ) -> Contested:
         """The first rows of every task, about `most_rows` in all, and the tasks that come closest.
 
         `weights` are those of the terms that find these tasks; terms of no weight are left out.
-        Closeness is the last term; it is of embeddings centred at `center` `[D]`.
+        Closeness is the last term.
         """
         per_task = -(-most_rows // max(len(self._pool.tasks), 1))
         width = min(len(np.unique(fold.fit.row_task)) for fold in folds)
         parts = list(
             self._threads.map(
-                lambda fold: _contested_in_fold(fold, weights, closeness, center, per_task, width),
+                lambda fold: _contested_in_fold(fold, weights, closeness, per_task, width),
                 folds,
             )
         )
@@ -159,24 +158,16 @@ class CrossFitting:
         self,
         folds: Sequence[Fold],
         weights: Sequence[float],
-        closeness: Closeness | None,
-        center: FloatArray,
+        closeness: Closeness | None = None,
     ) -> HeldOutScores:
-        """Score every row by the fit without its fold; the rows are in canonical order again.
-
-        Closeness is of embeddings centred at `center` `[D]`.
-        """
+        """Score every row by the fit without its fold; the rows are in canonical order again."""
         count = sum(len(fold.places) for fold in folds)
         own = np.full(count, -np.inf, np.float32)
         scores = HeldOutScores(
             np.zeros(count, np.int64), own, np.zeros(count, np.int64), own.copy(), own.copy()
         )
         # Every fold writes to the places of its own rows.
-        list(
-            self._threads.map(
-                lambda fold: _score_fold(fold, weights, closeness, center, scores), folds
-            )
-        )
+        list(self._threads.map(lambda fold: _score_fold(fold, weights, closeness, scores), folds))
         return scores
 
 
@@ -206,7 +197,6 @@ def _contested_in_fold(
     fold: Fold,
     weights: Sequence[float],
     closeness: Closeness | None,
-    center: FloatArray,
     per_task: int,
     width: int,
 ) -> Contested:
@@ -232,7 +222,9 @@ def _contested_in_fold(
     best_rows = _best_rows(together, starts, tasks)
     terms = [np.take_along_axis(scores, best_rows, 1) for scores in per_term]
     if closeness is not None:
-        terms.append(closeness.of(fold.centered_at(center, rows), present[tasks], fold.number))
+        terms.append(
+            closeness.of(fold.centered_at(closeness.center, rows), present[tasks], fold.number)
+        )
     return Contested(np.stack(terms), (tasks == own_task[:, None]).argmax(1))
 
 
@@ -253,7 +245,6 @@ def _score_fold(
     fold: Fold,
     weights: Sequence[float],
     closeness: Closeness | None,
-    center: FloatArray,
     found: HeldOutScores,
 ) -> None:
     rows = combine(fold.fit, weights).rows.astype(np.float32)
@@ -273,7 +264,7 @@ def _score_fold(
             scores = np.full((len(at), tasks), -np.inf, np.float32)
             scores[:, present] = by_task
         if closeness is not None:
-            closeness.add_to(scores, fold.centered_at(center, chunk), fold.number)
+            closeness.add_to(scores, fold.centered_at(closeness.center, chunk), fold.number)
         number = np.arange(len(at))
         found.task[at] = own_task[chunk]
         found.own[at] = scores[number, own_task[chunk]]

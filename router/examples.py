@@ -44,12 +44,14 @@ class Examples:
     """Stored rows of the tasks: whitened unit vectors `[E, D]` int16, and biases `[E]`.
 
     Those of task t are `starts[t]` to `starts[t + 1]` (`starts` is `[K + 1]`). Example i of a task
-    is its stored row i. `whitening` `[D, R]` is for queries, centred as the examples were.
+    is its stored row i. Embeddings were centred at `center` `[D]` and whitened with `whitening`
+    `[D, R]`.
     """
 
     vectors: NDArray[np.int16]
     biases: FloatArray
     starts: NDArray[np.int64]
+    center: FloatArray
     whitening: FloatArray
 
     def fit(self, tasks: int, dimension: int) -> bool:
@@ -99,6 +101,7 @@ def sample_examples(
         np.concatenate(chosen),
         np.concatenate([_crowding(vectors) for vectors in chosen]),
         np.cumsum([0, *map(len, chosen)], dtype=np.int64),
+        center,
         whitening,
     )
 
@@ -117,11 +120,15 @@ def _floats(fixed: NDArray[np.int16]) -> FloatArray:
 
 
 class Closeness:
-    """The mean product with a task's nearest examples, times `weight`. Threads may share it."""
+    """The mean product with a task's nearest examples, times `weight`. Threads may share it.
+
+    Embeddings are to be centred at `center` `[D]`.
+    """
 
     def __init__(self, examples: Examples, weight: float) -> None:
         self._of_task = np.split(examples.rows(), examples.starts[1:-1])
         self._whitening = examples.whitening
+        self.center = examples.center
         self.weight = np.float32(weight)
 
     def weighing(self, weight: float) -> Closeness:
@@ -147,12 +154,13 @@ class Closeness:
         for number, places in zip(numbers, np.split(order, starts[1:]), strict=True):
             row, column = np.divmod(places, tasks.shape[1])
             products = queries[row] @ self._of_task[number].T
-            left = products.shape[1]
+            usable = products.shape[1]
             if without_fold is not None:
-                products[:, without_fold::FOLDS] = _LEAST_CLOSENESS
-                left -= products[:, without_fold::FOLDS].shape[1]
-            if left:
-                nearest[row, column] = _mean_of_highest(products, min(left, NEIGHBOURS))
+                out = products[:, without_fold::FOLDS]
+                out[:] = _LEAST_CLOSENESS
+                usable -= out.shape[1]
+            if usable:
+                nearest[row, column] = _mean_of_highest(products, min(usable, NEIGHBOURS))
         return nearest * self.weight
 
     def add_to_best(

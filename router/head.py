@@ -236,6 +236,7 @@ def _examples(tensors: Mapping[str, NDArray[Any]]) -> Examples | None:
         tensors["examples"],
         tensors["example_biases"],
         tensors["example_starts"],
+        tensors["center"],
         tensors["whitening"],
     )
 

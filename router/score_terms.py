@@ -25,7 +25,8 @@ TERM_NAMES = {
 }
 """The terms of each kind of head without examples, in the order of its fit."""
 
-WITH_EXAMPLES = ("likelihood", "discriminant", "closeness")
+TERMS_WITH_EXAMPLES = ("likelihood", "discriminant", "closeness")
+"""The terms of a head that looks at stored rows."""
 
 # Heads are stored in single precision.
 _TOLERANCE = 1e-3
@@ -72,7 +73,7 @@ def score_terms(
     if weights is None:
         return None
     return ScoreTerms(
-        TERM_NAMES[head.kind] if head.examples is None else WITH_EXAMPLES,
+        TERM_NAMES[head.kind] if head.examples is None else TERMS_WITH_EXAMPLES,
         tuple(
             (weight * term.rows).astype(np.float32)
             for weight, term in zip(weights, fit.terms, strict=True)

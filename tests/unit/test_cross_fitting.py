@@ -46,9 +46,7 @@ def test_rows_are_scored_by_a_fit_to_the_rows_of_the_other_folds(
     biases = np.split(examples.biases, examples.starts[1:-1])
     with cross_fitting(pooled(tasks)) as fitting:
         _, folds = fitting.fit(fitter, lambda _: fitter)
-        found = fitting.score(
-            folds, weights, closeness_of(tasks, weight) if weight else None, ORIGIN
-        )
+        found = fitting.score(folds, weights, closeness_of(tasks, weight) if weight else None)
     moments = pooled(tasks)
     place = 0
     for number, task in enumerate(tasks):
@@ -86,7 +84,7 @@ def test_own_scores_are_those_of_the_own_task_and_leave_out_rows_that_have_none(
         fitter = lda_fitter(wide_background(DIMENSION))
         _, folds = fitting.fit(fitter, lambda _: fitter)
         own = fitting.own_scores(folds)
-        found = fitting.score(folds, (1.0, 1.0, 1.0), None, ORIGIN)
+        found = fitting.score(folds, (1.0, 1.0, 1.0))
     assert [len(scores) for scores in own] == [15, 15, 15]
     assert np.isneginf(found.own[15])
     np.testing.assert_allclose(np.sort(np.sum(own, 0)), np.sort(found.own[:15]), rtol=1e-4)
@@ -101,10 +99,8 @@ def test_contested_rows_are_compared_with_the_tasks_that_come_closest_and_their_
     with cross_fitting(pooled(tasks)) as fitting:
         fitter = lda_fitter(wide_background(DIMENSION))
         _, folds = fitting.fit(fitter, lambda _: fitter)
-        contested = fitting.contested(
-            folds, (0.0, 1.0, 0.0), closeness_of(tasks, 1.0), ORIGIN, 4 * 15
-        )
-        scored = fitting.score(folds, (0.0, 1.0, 0.0), None, ORIGIN)
+        contested = fitting.contested(folds, (0.0, 1.0, 0.0), closeness_of(tasks, 1.0), 4 * 15)
+        scored = fitting.score(folds, (0.0, 1.0, 0.0))
     assert contested.terms.shape == (2, 60, SHORTLIST)
     places = np.concatenate([fold.places[fold.places % 12 < 4] for fold in folds])
     np.testing.assert_allclose(contested.own_terms[0], scored.own[places], rtol=1e-4, atol=1e-4)
@@ -118,4 +114,4 @@ def test_terms_without_weight_are_left_out_and_closeness_where_there_is_none() -
     with cross_fitting(pooled(tasks)) as fitting:
         fitter = lda_fitter(wide_background(DIMENSION))
         _, folds = fitting.fit(fitter, lambda _: fitter)
-        assert fitting.contested(folds, (0.0, 1.0, 1.0), None, ORIGIN, 100).terms.shape == (2, 9, 3)
+        assert fitting.contested(folds, (0.0, 1.0, 1.0), None, 100).terms.shape == (2, 9, 3)
