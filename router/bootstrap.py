@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -81,29 +82,33 @@ class Models:
     turns: Turns = field(default_factory=Turns)
 
 
-def load_models(settings: ServerSettings) -> Models:
-    """The models that `settings` name, warmed up.
+def load_models(settings: ServerSettings, base_model: LanguageModel | None = None) -> Models:
+    """The models that `settings` name, warmed up; the base model is not loaded where it is given.
 
     Raises:
         PromptyardError: one cannot be loaded.
     """
-    from router.background import measure_background
+    from router.background import when_needed
     from router.loading import ServedModels
 
     encoder = load_encoder(
         settings.encoder, device=settings.encoder_device, threads=settings.encoder_threads
     )
-    base_model = load_base_model(
-        settings.base_model, device=settings.base_model_device, threads=settings.base_model_threads
-    )
+    if base_model is None:
+        base_model = load_base_model(
+            settings.base_model,
+            device=settings.base_model_device,
+            threads=settings.base_model_threads,
+        )
     served = ServedModels(
         encoder.fingerprint,
         encoder.dimension,
-        measure_background(encoder),
+        when_needed(encoder),
         None if base_model is None else base_model.fingerprint,
     )
-    # The first run of a graph allocates its memory, which the first caller should not wait for.
-    encoder.encode(["warm up"])
+    # The first runs of a graph allocate its memory, which the first callers should not wait for.
+    for texts in (1, settings.routing_batches.batch_items):
+        encoder.encode(["warm up"] * texts)
     return Models(encoder, base_model, served)
 
 
@@ -120,9 +125,14 @@ def open_router(settings: ServerSettings, observer: Observer = UNOBSERVED) -> It
 
 @contextlib.contextmanager
 def open_routers(
-    settings: ServerSettings, models: Models, observer: Observer = UNOBSERVED
+    settings: ServerSettings,
+    models: Models,
+    observer: Observer = UNOBSERVED,
+    salt: bytes | None = None,
 ) -> Iterator[TenantRouters]:
     """The routers of a server: one over `settings.home`, and one for each tenant in turn.
+
+    Processes that share a decision log are given the same `salt`.
 
     Raises:
         PromptyardError: the home's own catalog cannot be loaded.
@@ -138,6 +148,7 @@ def open_routers(
             settings.decision_log,
             settings.decision_log_share,
             int(settings.decision_log_mib * 2**20),
+            salt,
         )
     with router_over(models, settings, observer, log=log) as own:
         routers = TenantRouters(
@@ -212,8 +223,10 @@ def check_settings(settings: ServerSettings) -> None:
     from router.tls import check_certificates
 
     check_address(settings.listen)
-    if settings.metrics is not None:
-        check_address(settings.metrics, "metrics")
+    for number in range(settings.workers):
+        metrics = settings.of_worker(number, settings.listen).metrics
+        if metrics is not None:
+            check_address(metrics, "metrics")
     if settings.tokens is not None:
         read_tokens(settings.tokens, settings.max_tenants)
     if settings.tls is not None:
@@ -228,16 +241,67 @@ def serve(settings: ServerSettings, announce: Callable[[str], None]) -> None:
             file of tokens or of certificates cannot be used.
     """
     check_settings(settings)
-    models = load_models(settings)
+    if settings.workers == 1:
+        _serve_alone(settings, load_models(settings), announce)
+    else:
+        _serve_with_workers(settings, announce)
+
+
+def _serve_with_workers(settings: ServerSettings, announce: Callable[[str], None]) -> None:
+    """In the supervisor, which forks the workers when it has imported and loaded what they share.
+
+    No session of ONNX Runtime survives a fork, nor do threads of torch or a GPU's context: the
+    encoder is loaded in each worker, and the base model here, on one thread of the processor.
+    """
+    from router.decision_log import new_salt
+    from router.supervisor import Supervisor, shared_port
+
+    import_for_serving(settings)
+    base_model = load_base_model(settings.base_model, device="cpu", threads=1)
+    salt = new_salt()
+    with shared_port(settings.listen) as address:
+
+        def work(number: int, announce: Callable[[str], None]) -> None:
+            log_to_stderr(worker=number)
+            if base_model is not None:
+                from router.backends.language_model import use_threads
+
+                use_threads(settings.base_model_threads)
+            mine = settings.of_worker(number, address)
+            _serve_alone(mine, load_models(mine, base_model), announce, salt)
+
+        Supervisor(settings.workers, work, settings.shutdown_seconds).run(announce)
+
+
+def import_for_serving(settings: ServerSettings) -> None:
+    """Import what a server of these settings needs, before it is needed."""
+    names = ["artifacts", "decision_log", "live", "server", "tenant_routers"]
+    if settings.metrics is not None:
+        names.append("prometheus")
+    is_embedded = settings.encoder == DEFAULT_ENCODER
+    names.append("backends.onnx_encoder" if is_embedded else "backends.torch_encoder")
+    if settings.base_model is not None:
+        names.append("backends.language_model")
+    for name in names:
+        import_module(f"router.{name}")
+
+
+def _serve_alone(
+    settings: ServerSettings,
+    models: Models,
+    announce: Callable[[str], None],
+    salt: bytes | None = None,
+) -> None:
+    """Serve in this process."""
     if settings.metrics is None:
-        with open_routers(settings, models) as routers:
+        with open_routers(settings, models, salt=salt) as routers:
             _run(routers, settings, announce)
         return
 
     from router.prometheus import PrometheusMetrics, metrics_port, serving
 
     metrics = PrometheusMetrics()
-    with open_routers(settings, models, metrics) as routers:
+    with open_routers(settings, models, metrics, salt) as routers:
         metrics.watch(lambda: serving(routers.look()))
         with metrics_port(metrics, settings.metrics) as address:
             _log.info("metrics", address=address)
@@ -251,15 +315,23 @@ def _run(routers: TenantRouters, settings: ServerSettings, announce: Callable[[s
     asyncio.run(server.run(announce))
 
 
-def log_to_stderr(least: str = "info") -> None:
+def log_to_stderr(least: str = "info", *, worker: int | None = None) -> None:
     """Write the log as JSON lines to stderr, so that stdout is for results.
 
-    What is below the level `least` (`info`, `warning`, ...) is left out.
+    What is below the level `least` (`info`, `warning`, ...) is left out. Every line names the
+    `worker`, where there is one.
     """
+
+    def add_worker(
+        _logger: object, _method: str, line: MutableMapping[str, object]
+    ) -> MutableMapping[str, object]:
+        return line if worker is None else {"worker": worker, **line}
+
     structlog.configure(
         wrapper_class=structlog.make_filtering_bound_logger(least),
         processors=[
             structlog.contextvars.merge_contextvars,
+            add_worker,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
+import os
 import random
 import secrets
 import threading
@@ -24,11 +26,20 @@ class DecisionLog:
     """JSON lines, one a decision; the file and an older one beside it stay under a bound.
 
     A text is noted as a digest with a salt that no file holds: equal ones can be told while one
-    server runs, and nobody can look a text up. Thread-safe; a full disk costs lines and no call.
+    server runs, and nobody can look a text up. Thread-safe, and several processes may write to one
+    file; a full disk costs lines and no call.
     """
 
-    def __init__(self, path: Path, share: float = 1.0, max_bytes: int = 64 << 20) -> None:
+    def __init__(
+        self,
+        path: Path,
+        share: float = 1.0,
+        max_bytes: int = 64 << 20,
+        salt: bytes | None = None,
+    ) -> None:
         """Note each decision with the probability `share`.
+
+        Processes that write to one file are given the same `salt`; it is drawn where none is.
 
         Raises:
             InvalidInputError: the file cannot be written.
@@ -36,12 +47,11 @@ class DecisionLog:
         self._path = path
         self._share = share
         self._file_bytes = max(max_bytes // 2, 1)
-        self._salt = secrets.token_bytes(32)
+        self._salt = salt or new_salt()
         self._lock = threading.Lock()
         self._problem = ""
         try:
-            with path.open("ab") as file:
-                self._size = file.tell()
+            path.open("ab").close()
         except OSError as error:
             raise InvalidInputError(
                 "decision-log", f"{path} ({error.strerror})", "name a file that can be written"
@@ -76,17 +86,31 @@ class DecisionLog:
     def _write(self, lines: bytes) -> None:
         with self._lock:
             try:
-                if self._size and self._size + len(lines) > self._file_bytes:
-                    self._path.replace(older(self._path))
-                    self._size = 0
-                with self._path.open("ab") as file:
-                    file.write(lines)
-                self._size += len(lines)
+                while not self._append(lines):
+                    pass
                 self._problem = ""
             except OSError as error:
                 if str(error) != self._problem:
                     _log.error("decisions are not noted", problem=str(error))
                 self._problem = str(error)
+
+    def _append(self, lines: bytes) -> bool:
+        """Append to the file; False where it had to make room or did so for another process."""
+        with self._path.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+            found = os.fstat(file.fileno())
+            if not (self._path.exists() and os.path.samestat(found, self._path.stat())):
+                return False
+            if found.st_size and found.st_size + len(lines) > self._file_bytes:
+                self._path.replace(older(self._path))
+                return False
+            file.write(lines)
+            return True
+
+
+def new_salt() -> bytes:
+    """A salt for the digests of texts."""
+    return secrets.token_bytes(32)
 
 
 def older(path: Path) -> Path:

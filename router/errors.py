@@ -39,6 +39,10 @@ class PromptyardError(Exception):
         self.remedy = remedy
         super().__init__(f"{field}: {self.value}; {remedy}")
 
+    def __reduce__(self) -> tuple[type[PromptyardError], tuple[str, str, str]]:
+        """So that another process can be told: an exception is made from its message otherwise."""
+        return type(self), (self.field, self.value, self.remedy)
+
 
 class InvalidInputError(PromptyardError):
     """Something given by a caller is malformed or over a limit."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -48,7 +49,7 @@ class Explainer:
     def __init__(
         self,
         artifacts: ArtifactReader,
-        background: Background,
+        background: Callable[[], Background],
         observer: Observer = UNOBSERVED,
         most_rows_for_terms: int = MOST_ROWS_FOR_TERMS,
     ) -> None:
@@ -143,7 +144,7 @@ class Explainer:
             tasks = [read_statistics(self._artifacts, record) for record in records]
         except CorruptArtifactError as error:
             return None, f"no terms: {error}"
-        terms = score_terms(snapshot.head, tasks, self._background)
+        terms = score_terms(snapshot.head, tasks, self._background())
         kind = snapshot.head.kind
         return terms, "" if terms else f"no terms: those of a head of kind {kind} are not known"
 

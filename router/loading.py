@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -48,11 +48,14 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ServedModels:
-    """What the running models demand of a catalog. `base_model` is None where none is loaded."""
+    """What the running models demand of a catalog. `base_model` is None where none is loaded.
+
+    `background` gives what the encoder makes of text in general, which not every use needs.
+    """
 
     encoder: str
     dimension: int
-    background: Background = field(repr=False)
+    background: Callable[[], Background] = field(repr=False)
     base_model: str | None = None
 
 
@@ -188,7 +191,7 @@ class SnapshotLoader:
             policy=about.policy,
             encoder=self._models.encoder,
             dimension=self._models.dimension,
-            background=self._models.background,
+            background=self._models.background(),
         )
 
 

@@ -183,6 +183,7 @@ def _options(settings: ServerSettings) -> list[tuple[str, int]]:
         ("grpc.max_concurrent_streams", settings.max_connection_calls),
         ("grpc.keepalive_time_ms", _KEEPALIVE_SECONDS * 1000),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", _MIN_CLIENT_PING_SECONDS * 1000),
-        # Otherwise a second server would share the port in silence and get half of the calls.
-        ("grpc.so_reuseport", 0),
+        # Workers share the port on purpose; a second server would in silence, and get half of the
+        # calls.
+        ("grpc.so_reuseport", int(settings.workers > 1)),
     ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass, field
+import sys
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from router.batching import BatchLimits
@@ -14,6 +15,7 @@ from router.limits import Limits
 DEFAULT_LISTEN = "127.0.0.1:50051"
 DEFAULT_ENCODER = "all-MiniLM-L6-v2"
 DEFAULT_MAX_TENANTS = 32
+MAX_WORKERS = 64
 DEFAULT_BASE_MODEL = str(Path(__file__).parent / "models" / "base")
 
 # A batch of the embedded encoder takes about 25 ms, one of the embedded base model about 100.
@@ -22,6 +24,7 @@ ROUTING_BATCHES = BatchLimits(
 )
 ANSWER_BATCHES = BatchLimits(queue_items=128, batch_items=16, batch_tokens=4096, queue_seconds=30.0)
 
+_LAST_PORT = 65535
 # HOST:PORT, where an IPv6 host stands in brackets.
 _ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):(\d{1,5})")
 
@@ -47,7 +50,9 @@ class ServerSettings:
     embeddings of texts that were seen lately; 0 remembers none. `log_calls` logs one line a call.
     `decision_log` is the file for a `decision_log_share` of all decisions (see
     `router.decision_log`), which takes `decision_log_mib` at most. Tokens may name up to
-    `max_tenants` tenants; queues, `max_calls` and `cache_mib` are each one's.
+    `max_tenants` tenants; queues, `max_calls` and `cache_mib` are each one's. Of several `workers`
+    each is a process with all of that of its own, and tells `metrics` at a port of its own: the one
+    that is named, the next one, and so on.
     """
 
     home: Path
@@ -56,6 +61,7 @@ class ServerSettings:
     tokens: Path | None = None
     tls: TlsFiles | None = None
     insecure: bool = False
+    workers: int = 1
     encoder: str = DEFAULT_ENCODER
     base_model: str | None = DEFAULT_BASE_MODEL
     encoder_device: str = "auto"
@@ -88,12 +94,39 @@ class ServerSettings:
             )
         if self.metrics is not None:
             _check_address("metrics", self.metrics)
+        if not 1 <= self.workers <= MAX_WORKERS:
+            raise InvalidInputError("workers", self.workers, f"give 1 to {MAX_WORKERS}")
+        if self.workers > 1 and sys.platform != "linux":
+            raise InvalidInputError(
+                "workers",
+                f"{self.workers} on {sys.platform}",
+                "give 1: only on Linux can processes share a port and its calls",
+            )
         if self.routing_batches.queue_items < self.limits.max_batch_texts:
             raise InvalidInputError(
                 "routing_batches.queue_items",
                 self.routing_batches.queue_items,
                 f"let the queue hold a whole batch of {self.limits.max_batch_texts} texts",
             )
+
+    def of_worker(self, number: int, listen: str) -> ServerSettings:
+        """What worker `number` (0, 1, ...) is set up with, on the address that all of them share.
+
+        Each has a port of its own for metrics.
+
+        Raises:
+            InvalidInputError: there is no such port.
+        """
+        if self.metrics is None:
+            return replace(self, listen=listen)
+        host, _, port = self.metrics.rpartition(":")
+        # Port 0 is any free one, for each of them.
+        mine = int(port) + number if int(port) else 0
+        if mine > _LAST_PORT:
+            raise InvalidInputError(
+                "metrics", self.metrics, f"give a port with {self.workers - 1} more above it"
+            )
+        return replace(self, listen=listen, metrics=f"{host}:{mine}")
 
 
 def _is_loopback(address: str) -> bool:
@@ -108,5 +141,5 @@ def _is_loopback(address: str) -> bool:
 
 def _check_address(field: str, value: str) -> None:
     address = _ADDRESS.fullmatch(value)
-    if address is None or int(address[1]) > 65535:
+    if address is None or int(address[1]) > _LAST_PORT:
         raise InvalidInputError(field, value, "give HOST:PORT, e.g. 127.0.0.1:50051 (port 0: any)")

@@ -74,7 +74,7 @@ def new_workshop(home: Path) -> Workshop:
 
 def served_models(base_model: str | None = BASE_MODEL) -> ServedModels:
     """What a server with the small encoder demands of a catalog."""
-    return ServedModels(PlaceEncoder.fingerprint, DIMENSION, place_background(), base_model)
+    return ServedModels(PlaceEncoder.fingerprint, DIMENSION, place_background, base_model)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from scipy.stats import binomtest
 
-from router.background import measure_background
+from router.background import when_needed
 from router.catalog import CatalogReader
 from router.decision import Decision, Outcome
 from router.errors import InvalidInputError
@@ -149,7 +149,7 @@ def load_revisions(home: Path, encoder: Encoder, a: int, b: int) -> tuple[Snapsh
     Raises:
         PromptyardError: a revision is not there, was made with another encoder, or is damaged.
     """
-    models = ServedModels(encoder.fingerprint, encoder.dimension, measure_background(encoder))
+    models = ServedModels(encoder.fingerprint, encoder.dimension, when_needed(encoder))
     loader = SnapshotLoader(home, models)
     with CatalogReader(home) as catalog:
         at_a = loader.load(catalog, a, None)

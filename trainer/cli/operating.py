@@ -16,6 +16,7 @@ from router.settings import (
     DEFAULT_ENCODER,
     DEFAULT_LISTEN,
     DEFAULT_MAX_TENANTS,
+    MAX_WORKERS,
     ROUTING_BATCHES,
     ServerSettings,
     TlsFiles,
@@ -99,8 +100,22 @@ def serve(
             help="Load no base model; Generate is refused.",
         ),
     ] = False,
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=MAX_WORKERS,
+            envvar="PROMPTYARD_WORKERS",
+            help="Processes that share the port, each with queues, bounds and caches of its own; "
+            "one that ends is started again. The metrics of the second one are one port above "
+            "those of the first, and so on. Only on Linux.",
+        ),
+    ] = 1,
     threads: Annotated[
-        int, typer.Option(min=1, envvar="PROMPTYARD_THREADS", help="Threads of each model.")
+        int,
+        typer.Option(
+            min=1, envvar="PROMPTYARD_THREADS", help="Threads of each model, in each worker."
+        ),
     ] = 2,
     poll_seconds: Annotated[
         float,
@@ -224,6 +239,7 @@ def serve(
             tokens=tokens,
             tls=_tls_files(tls_cert, tls_key, tls_client_ca),
             insecure=insecure,
+            workers=workers,
             encoder=encoder,
             base_model=None if route_only else base_model,
             encoder_threads=threads,
