@@ -122,11 +122,11 @@ def serving(home: Path, *flags: str) -> contextlib.AbstractContextManager[Superv
     return running([*command, "--route-only", "--listen", "127.0.0.1:0", *flags])
 
 
-def calls_counted(port: int) -> float:
-    """The calls that a worker's metrics count."""
+def scraped(port: int, sample: str) -> float:
+    """The sum of the samples of that name and labels in a worker's metrics."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
         lines = answer.read().decode().splitlines()
-    return sum(float(x.split()[1]) for x in lines if x.startswith("promptyard_calls_total"))
+    return sum(float(line.split()[1]) for line in lines if line.startswith(sample))
 
 
 def is_running(pid: int) -> bool:
@@ -155,7 +155,8 @@ def test_workers_share_a_port_replace_one_that_was_killed_and_finish_their_calls
         for _ in range(30):
             with RouterClient(address) as client:  # a connection of its own
                 client.route("is it going to rain?")
-        counted = [calls_counted(metrics), calls_counted(metrics + 1)]
+        ports = (metrics, metrics + 1)
+        counted = [scraped(port, "promptyard_calls_total") for port in ports]
         assert sum(counted) == 30
         assert min(counted) > 0
         first = served.pids()
@@ -168,10 +169,13 @@ def test_workers_share_a_port_replace_one_that_was_killed_and_finish_their_calls
         with RouterClient(address) as client:
             client.route("is anybody there?")
             answers: list[object] = []
-            texts = [f"{number} times a long text about this and that" for number in range(256)]
+            texts = [
+                f"{number} times " + "a text about this and that " * 9 for number in range(256)
+            ]
             caller = threading.Thread(target=lambda: answers.extend(client.batch_route(texts)))
             caller.start()
-            time.sleep(0.05)
+            queue = 'promptyard_queued_items{queue="routing"'
+            until(lambda: any(scraped(port, queue) for port in ports))
             assert served.stop() == 0
             caller.join(SECONDS)
         assert len(answers) == 256
