@@ -338,5 +338,6 @@ def log_to_stderr(least: str = "info", *, worker: int | None = None) -> None:
             structlog.processors.JSONRenderer(ensure_ascii=False),
         ],
         # Looked up for every line: a test or a program may have put another stream in its place.
-        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
+        # A line is one write: those of several processes do not get into one another.
+        logger_factory=lambda *_: structlog.WriteLogger(sys.stderr),
     )
