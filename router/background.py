@@ -10,17 +10,22 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from router.fitting import Background
 from router.interfaces import Encoder
+
+if TYPE_CHECKING:
+    from router.fitting import Background
 
 TEXTS = Path(__file__).with_name("general_texts.txt")
 
 
 def measure_background(encoder: Encoder) -> Background:
     """Mean and covariance of the encoder's embeddings of the shipped texts."""
+    from router.fitting import Background
+
     vectors = encoder.encode(TEXTS.read_text(encoding="utf-8").splitlines()).vectors
     vectors = vectors.astype(np.float64)
     return Background(vectors.mean(0), np.cov(vectors.T, bias=True))

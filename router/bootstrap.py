@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
@@ -91,15 +92,21 @@ def load_models(settings: ServerSettings, base_model: LanguageModel | None = Non
     from router.background import when_needed
     from router.loading import ServedModels
 
-    encoder = load_encoder(
-        settings.encoder, device=settings.encoder_device, threads=settings.encoder_threads
-    )
-    if base_model is None:
-        base_model = load_base_model(
-            settings.base_model,
-            device=settings.base_model_device,
-            threads=settings.base_model_threads,
+    # Side by side: the encoder is ready while torch is still being imported.
+    with ThreadPoolExecutor(1, thread_name_prefix="loading") as beside:
+        loading = None
+        if base_model is None:
+            loading = beside.submit(
+                load_base_model,
+                settings.base_model,
+                device=settings.base_model_device,
+                threads=settings.base_model_threads,
+            )
+        encoder = load_encoder(
+            settings.encoder, device=settings.encoder_device, threads=settings.encoder_threads
         )
+        if loading is not None:
+            base_model = loading.result()
     served = ServedModels(
         encoder.fingerprint,
         encoder.dimension,

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,13 +21,15 @@ from router.explanation import (
     margin_of,
     why,
 )
-from router.fitting import Background
 from router.head import Head
 from router.interfaces import Encoder, FloatArray, Observer
 from router.loading import read_statistics
 from router.observing import UNOBSERVED
-from router.score_terms import ScoreTerms, score_terms
 from router.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from router.fitting import Background
+    from router.score_terms import ScoreTerms
 
 LEAST_EXPLAINED = 3
 MOST_EXPLAINED = 10
@@ -144,6 +147,8 @@ class Explainer:
             tasks = [read_statistics(self._artifacts, record) for record in records]
         except CorruptArtifactError as error:
             return None, f"no terms: {error}"
+        from router.score_terms import score_terms  # only the first explanation needs it
+
         terms = score_terms(snapshot.head, tasks, self._background())
         kind = snapshot.head.kind
         return terms, "" if terms else f"no terms: those of a head of kind {kind} are not known"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import structlog
@@ -20,14 +20,12 @@ from router.catalog import (
     StoredChallenger,
 )
 from router.challengers import Challenge
-from router.compiling import compile_head
 from router.errors import (
     CorruptArtifactError,
     IncompatibleModelError,
     PromptyardError,
     TaskOutOfServiceError,
 )
-from router.fitting import Background
 from router.head import Head, empty_head
 from router.interfaces import FloatArray
 from router.label_classifier import LabelClassifier
@@ -35,6 +33,9 @@ from router.rejection import RejectionPolicy
 from router.snapshot import Challenger, Snapshot
 from router.statistics import PooledMoments, TaskStatistics
 from router.tasks import PromptMethod, ServedTask, SoftPrompt, TaskKey, TaskRecord
+
+if TYPE_CHECKING:
+    from router.fitting import Background
 
 EMBEDDINGS_TENSOR = "embeddings"
 CLUSTERS_TENSOR = "clusters"
@@ -184,6 +185,8 @@ class SnapshotLoader:
         except CorruptArtifactError as error:
             # Heads are derived: old ones are pruned, and a damaged one is made again.
             _log.warning("compiling the head again", revision=about.revision, problem=str(error))
+        from router.compiling import compile_head  # rarely needed, and a third of a start's imports
+
         pool = PooledMoments(self._models.dimension)
         pool.update(read_statistics(self._artifacts, catalog.record(key)) for key in keys)
         return compile_head(

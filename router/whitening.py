@@ -10,7 +10,6 @@ R directions are all that is kept. It depends on the encoder alone.
 from __future__ import annotations
 
 import numpy as np
-from scipy.linalg import eigh
 
 from router.interfaces import FloatArray
 from router.statistics import ExactArray
@@ -25,6 +24,8 @@ _LEAST = 1e-9
 
 def whitening_of(covariance: ExactArray) -> FloatArray:
     """The directions V `[D, R]` of a covariance `[D, D]`, each as long as `whitened` wants it."""
+    from scipy.linalg import eigh  # here: a server need not wait for it
+
     dimension = len(covariance)
     level = max(float(np.trace(covariance)) / dimension, _LEAST)
     kept = min(DIRECTIONS, dimension)

@@ -111,7 +111,7 @@ def test_importing_it_loads_nothing_heavy(module: str) -> None:
 @pytest.mark.parametrize("module", ["router.server", "router.routing", "router.live"])
 def test_the_server_itself_needs_no_deep_learning_library(module: str) -> None:
     found = run_python(f"import {module}, sys; print(*sys.modules)").split()
-    assert {"torch", "transformers", "sentence_transformers", "sklearn"}.isdisjoint(found)
+    assert {"torch", "transformers", "sentence_transformers", "sklearn", "scipy"}.isdisjoint(found)
 
 
 def test_what_is_refused_at_once_needs_no_model() -> None:
