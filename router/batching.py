@@ -36,8 +36,9 @@ def about_tokens(text: str) -> int:
 class BatchLimits:
     """Bounds of the queue (items waiting or being worked on) and of one batch.
 
-    Items that would have to wait over `queue_seconds`, as fast as the last batches went, are
-    refused at once; one that has waited so long all the same is refused when a batch begins.
+    No call may wait over `queue_seconds` for its first batch. One that would come near to it, as
+    fast as the last batches went, is refused at once (see `router.pace`); one that has waited so
+    long all the same is refused when a batch begins.
     """
 
     queue_items: int
@@ -48,11 +49,15 @@ class BatchLimits:
 
 @dataclass(slots=True, eq=False)
 class _Call(Generic[Result]):
-    """One `submit`: its results as they come in, and the future that its caller waits on."""
+    """One `submit`: its results as they come in, and the future that its caller waits on.
+
+    It has begun when one of its items is in a batch: what its others wait for then is its own work.
+    """
 
     done: asyncio.Future[list[Result]]
     size: int
     results: dict[int, Result]
+    has_begun: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -143,6 +148,8 @@ class MicroBatcher(Generic[Item, Result]):
         """Fail calls that waited too long, so that those behind them do not wait as long."""
         now = time.perf_counter()
         for entry in self._waiting:
+            if entry.call.has_begun:
+                continue
             if not self._pace.is_stale(now - entry.since):
                 break  # the queue is in the order of arrival
             if not entry.call.done.done():
@@ -191,6 +198,8 @@ class MicroBatcher(Generic[Item, Result]):
     ) -> None:
         batch, results = finished.result()
         taken = set(map(id, batch))
+        for entry in batch:
+            entry.call.has_begun = True
         self._waiting = [entry for entry in self._waiting if id(entry) not in taken]
         for row, entry in enumerate(batch):
             call = entry.call

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from router.errors import OverloadedError
 
-# Of so many last timings the middle one says how fast the work goes: one that stalled does not.
+# Of so many last timings the upper quartile says how fast the work goes: it follows a machine that
+# gets slower within a few batches, while one or two that stalled say nothing.
 _TIMED = 9
 _LEAST_TIMED = 3
+# What is admitted must rarely be refused later, after a long wait and for nothing. The pace varies,
+# and a batch in work is counted as a whole: only so much of the longest wait is given away.
+_ADMITTED_SHARE = 0.7
 _MOST_RETRY_SECONDS = 5.0
 _REMEDY = "try again a little later"
 
@@ -30,9 +34,13 @@ class Pace:
         self._timed = (*self._timed[1 - _TIMED :], seconds)
 
     def admit(self, items: int, unfinished: int) -> None:
-        """Raises OverloadedError: `items` more than `unfinished` ones are too many, or too slow."""
+        """Raises OverloadedError: `items` more than `unfinished` ones are too many, or too slow.
+
+        Too slow are those that are before them; how long they take themselves is for their caller
+        to judge.
+        """
         wait = unfinished * self._seconds_per_item()
-        too_slow = wait > self._queue_seconds
+        too_slow = wait > _ADMITTED_SHARE * self._queue_seconds
         if too_slow or unfinished + items > self._queue_items:
             found = f"{unfinished} waiting" + (f", for {wait:.1f} s" if too_slow else "")
             # By then half of them are done, if nobody else comes.
@@ -50,4 +58,6 @@ class Pace:
     def _seconds_per_item(self) -> float:
         """How long an item takes of late; 0 while nobody can tell."""
         timed = sorted(self._timed)
-        return timed[len(timed) // 2] if len(timed) >= _LEAST_TIMED else 0.0
+        if len(timed) < _LEAST_TIMED:
+            return 0.0
+        return timed[min(3 * len(timed) // 4, len(timed) - 2)]

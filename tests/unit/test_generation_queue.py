@@ -196,7 +196,7 @@ async def test_what_would_have_to_wait_too_long_is_refused_but_not_for_answers_t
     clock = Clock()
     monkeypatch.setattr("router.generation_queue.time", clock)
     monkeypatch.setattr(FakeRunningBatch, "step", clock.taking_a_second(FakeRunningBatch.step))
-    limits = BatchLimits(queue_items=100, batch_items=2, batch_tokens=4096, queue_seconds=6.0)
+    limits = BatchLimits(queue_items=100, batch_items=2, batch_tokens=4096, queue_seconds=9.0)
     queue = queues(limits)
     for _ in range(3):  # two seconds each, which another answer could have shared
         await Call(queue, "alone", 9).task
