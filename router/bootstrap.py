@@ -228,6 +228,7 @@ def check_settings(settings: ServerSettings) -> None:
     from router.access import read_tokens
     from router.server import check_address
     from router.tls import check_certificates
+    from router.tracing import check_tracing
 
     check_address(settings.listen)
     for number in range(settings.workers):
@@ -238,6 +239,8 @@ def check_settings(settings: ServerSettings) -> None:
         read_tokens(settings.tokens, settings.max_tenants)
     if settings.tls is not None:
         check_certificates(settings.tls)
+    if settings.traces is not None:
+        check_tracing(settings.traces)
 
 
 def serve(settings: ServerSettings, announce: Callable[[str], None]) -> None:
@@ -317,9 +320,17 @@ def _serve_alone(
 
 def _run(routers: TenantRouters, settings: ServerSettings, announce: Callable[[str], None]) -> None:
     from router.server import RouterServer
+    from router.tracing import tracing_to
 
-    server = RouterServer(routers, settings, version("promptyard"))
-    asyncio.run(server.run(announce))
+    release = version("promptyard")
+    tracing = None
+    if settings.traces is not None:
+        tracing = tracing_to(settings.traces, settings.traces_share, release)
+    try:
+        asyncio.run(RouterServer(routers, settings, release, tracing).run(announce))
+    finally:
+        if tracing is not None:
+            tracing.close()
 
 
 def log_to_stderr(least: str = "info", *, worker: int | None = None) -> None:

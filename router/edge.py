@@ -24,6 +24,7 @@ from router.errors import OverloadedError, PromptyardError
 from router.roles import ROLE_OF_METHOD
 from router.routing import Router
 from router.tenant_routers import TenantRouters
+from router.tracing import Tracing, stage
 from router.wire import Unreadable, failure, request_reader
 
 Context = aio.ServicerContext[Any, Any]
@@ -40,8 +41,9 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(slots=True)
 class _Call:
-    """A call, and the tenant of its token: empty before it is known, and for none."""
+    """A call: when it began, and the tenant of its token, empty before it is known and for none."""
 
+    began: float
     tenant: str = ""
 
 
@@ -59,16 +61,19 @@ class Edge:
         max_request_bytes: int,
         access: TokenFile | None = None,
         log_calls: bool = False,
+        tracing: Tracing | None = None,
     ) -> None:
         """Without `access` everybody may call everything, on the home's own catalog.
 
-        A tenant may have `max_calls` at a time. `log_calls` logs one line a call.
+        A tenant may have `max_calls` at a time. `log_calls` logs one line a call, `tracing` makes a
+        trace of it.
         """
         self._routers = routers
         self._max_calls = max_calls
         self._max_request_bytes = max_request_bytes
         self._access = access
         self._log_calls = log_calls
+        self._tracing = tracing
         self._calls: Counter[str] = Counter()
 
     @property
@@ -111,10 +116,10 @@ class Edge:
             request_id = _request_id(context)
             try:
                 with (
-                    self._observed(method, request_id) as about,
+                    self._observed(method, context, request_id) as about,
                     self._admitted(method, context, about),
                 ):
-                    router = await self._routers.router(about.tenant)
+                    router = await self._router(about)
                     handler: UnaryHandler = getattr(servicer_of(router), method.name)
                     return await handler(_readable(request), context)
             except Exception as error:
@@ -127,10 +132,10 @@ class Edge:
             request_id = _request_id(context)
             try:
                 with (
-                    self._observed(method, request_id) as about,
+                    self._observed(method, context, request_id) as about,
                     self._admitted(method, context, about),
                 ):
-                    router = await self._routers.router(about.tenant)
+                    router = await self._router(about)
                     handler: StreamHandler = getattr(servicer_of(router), method.name)
                     async for response in handler(_readable(request), context):
                         yield response
@@ -139,10 +144,22 @@ class Edge:
 
         return call
 
+    async def _router(self, about: _Call) -> Router:
+        """The router of an admitted call's tenant."""
+        router = await self._routers.router(about.tenant)
+        stage("admission", about.began, time.perf_counter())
+        return router
+
     @contextlib.contextmanager
-    def _observed(self, method: MethodDescriptor, request_id: str) -> Iterator[_Call]:
-        about = _Call()
-        began = time.perf_counter()
+    def _observed(
+        self, method: MethodDescriptor, context: Context, request_id: str
+    ) -> Iterator[_Call]:
+        trace = None
+        if self._tracing is not None:
+            service = method.containing_service.full_name
+            metadata = context.invocation_metadata() or ()
+            trace = self._tracing.begin(service, method.name, metadata)
+        about = _Call(time.perf_counter())
         code = grpc.StatusCode.OK
         try:
             yield about
@@ -153,7 +170,9 @@ class Edge:
             code = grpc.StatusCode.CANCELLED
             raise
         finally:
-            seconds = time.perf_counter() - began
+            seconds = time.perf_counter() - about.began
+            if trace is not None:
+                trace.end(code.name, code.value[0], request_id, about.tenant)
             observer = self._routers.own.observer.of(about.tenant)
             observer.call_ended(method.name, code.name, seconds)
             if self._log_calls:

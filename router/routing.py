@@ -37,6 +37,7 @@ from router.rejection import RejectionPolicy
 from router.snapshot import Snapshot
 from router.tasks import ServedTask, SoftPrompt
 from router.templates import fill
+from router.tracing import stage
 
 
 class Live(Protocol):
@@ -70,12 +71,23 @@ class _Question:
     decided: Decision | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """When (`time.perf_counter`) a batch of so many texts began, was encoded, and was decided."""
+
+    texts: int
+    began: float
+    encoded: float
+    decided: float
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Routed:
-    """The decision on a text, and its embedding `[D]`."""
+    """The decision on a text, its embedding `[D]`, and the batch that it was in."""
 
     decision: Decision
     vector: FloatArray
+    batch: _Batch
 
 
 class Router:
@@ -230,9 +242,15 @@ class Router:
             output_tokens,
             evidence,
         )
+        asked = time.perf_counter()
         async with aclosing(self.answerer.answer(question)) as steps:
             async for step in steps:
-                yield step if isinstance(step, str) else _summary(step, prompt)
+                if isinstance(step, str):
+                    yield step
+                    continue
+                tokens = {"input_tokens": step.input_tokens, "output_tokens": step.output_tokens}
+                stage("generate", asked, time.perf_counter(), **tokens)
+                yield _summary(step, prompt)
 
     def close(self) -> None:
         """Wait for the batch that is running and end its thread."""
@@ -250,14 +268,23 @@ class Router:
         self.limits.check_top_k(top_k)
         self.limits.check_request_key(request_key)
         rejection = _rejection(snapshot, on_unknown)
-        return await self._batcher.submit(
+        return await self._ask(
             [_Question(text, top_k, snapshot, rejection, request_key) for text in texts]
         )
+
+    async def _ask(self, questions: Sequence[_Question]) -> list[_Routed]:
+        asked = time.perf_counter()
+        routed = await self._batcher.submit(questions)
+        for batch in dict.fromkeys(each.batch for each in routed):
+            waited = batch.began - asked
+            stage("encode", asked, batch.encoded, waited_seconds=waited, batch_texts=batch.texts)
+            stage("decide", batch.encoded, batch.decided)
+        return routed
 
     async def _embed(self, text: str, snapshot: Snapshot, decided: Decision) -> FloatArray:
         """The embedding `[D]` of a text whose task was named."""
         question = _Question(text, 0, snapshot, snapshot.rejection, decided=decided)
-        [routed] = await self._batcher.submit([question])
+        [routed] = await self._ask([question])
         return routed.vector
 
     def _count_tokens(self, questions: Sequence[_Question]) -> list[int]:
@@ -272,9 +299,11 @@ class Router:
         places = [place for place, question in enumerate(questions) if question.decided is None]
         asked = [questions[place] for place in places]
         found = iter(self._search(asked, _rows(embeddings, places)) if asked else ())
-        self.observer.stage_ended("routing_decide", time.perf_counter() - encoded)
+        decided = time.perf_counter()
+        self.observer.stage_ended("routing_decide", decided - encoded)
+        batch = _Batch(len(questions), began, encoded, decided)
         return [
-            _Routed(question.decided or next(found), vector)
+            _Routed(question.decided or next(found), vector, batch)
             for question, vector in zip(questions, embeddings.vectors, strict=True)
         ]
 

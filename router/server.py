@@ -21,6 +21,7 @@ from router.servicers import RouterServicer, ServerFacts, TaskServicer
 from router.settings import ServerSettings
 from router.tenant_routers import TenantRouters
 from router.tls import server_credentials
+from router.tracing import Tracing
 from router.v1 import router_service_pb2, task_service_pb2
 
 _ROUTER = router_service_pb2.DESCRIPTOR.services_by_name["RouterService"]
@@ -67,10 +68,17 @@ def check_address(listen: str, field: str = "listen") -> None:
 class RouterServer:
     """Serves routers on one address. Belongs to the event loop that starts it."""
 
-    def __init__(self, routers: TenantRouters, settings: ServerSettings, version: str) -> None:
+    def __init__(
+        self,
+        routers: TenantRouters,
+        settings: ServerSettings,
+        version: str,
+        tracing: Tracing | None = None,
+    ) -> None:
         self._routers = routers
         self._settings = settings
         self._version = version
+        self._tracing = tracing
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._server: aio.Server | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -95,6 +103,7 @@ class RouterServer:
             settings.limits.max_request_bytes,
             access,
             settings.log_calls,
+            self._tracing,
         )
         facts = ServerFacts(self._version, datetime.now(UTC))
         server.add_generic_rpc_handlers(

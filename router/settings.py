@@ -45,11 +45,12 @@ class ServerSettings:
 
     `encoder` and `base_model` are names or folders; without `base_model` the server only routes.
     A device is `cpu`, `cuda` or `auto`. Times are in seconds. `metrics` is the HOST:PORT that
-    Prometheus scrapes; without it nothing is counted. Without `tokens` (a file, see
-    `router.access`) everybody who reaches the server may call everything. Without `tls` only this
-    machine can reach it, unless `insecure` says that others may. `cache_mib` bounds the memory for
-    embeddings of texts that were seen lately; 0 remembers none. `log_calls` logs one line a call.
-    `decision_log` is the file for a `decision_log_share` of all decisions (see
+    Prometheus scrapes; without it nothing is counted. `traces` is the URL of the collector that
+    traces go to, of a `traces_share` of the calls; without it there are none. Without `tokens` (a
+    file, see `router.access`) everybody who reaches the server may call everything. Without `tls`
+    only this machine can reach it, unless `insecure` says that others may. `cache_mib` bounds the
+    memory for embeddings of texts that were seen lately; 0 remembers none. `log_calls` logs one
+    line a call. `decision_log` is the file for a `decision_log_share` of all decisions (see
     `router.decision_log`), which takes `decision_log_mib` at most. Tokens may name up to
     `max_tenants` tenants; queues, `max_calls` and `cache_mib` are each one's. Of several `workers`
     each is a process with all of that of its own, and tells `metrics` at a port of its own: the one
@@ -59,6 +60,8 @@ class ServerSettings:
     home: Path
     listen: str = DEFAULT_LISTEN
     metrics: str | None = None
+    traces: str | None = None
+    traces_share: float = 1.0
     tokens: Path | None = None
     tls: TlsFiles | None = None
     insecure: bool = False

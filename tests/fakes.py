@@ -30,6 +30,7 @@ from router.settings import ServerSettings
 from router.snapshot import Snapshot
 from router.tasks import DataSummary, PromptSummary, ServedTask, SoftPrompt, TaskRecord
 from router.tenant_routers import only
+from router.tracing import Tracing
 
 DIMENSION = 4096
 HIDDEN_SIZE = 8
@@ -287,9 +288,11 @@ def make_settings(**changes: Any) -> ServerSettings:
 
 
 @contextlib.contextmanager
-def running_server(router: Router, settings: ServerSettings | None = None) -> Iterator[str]:
+def running_server(
+    router: Router, settings: ServerSettings | None = None, tracing: Tracing | None = None
+) -> Iterator[str]:
     """A real server on a real port, in a thread with an event loop of its own."""
-    server = RouterServer(only(router), settings or make_settings(), version="1.2.3")
+    server = RouterServer(only(router), settings or make_settings(), "1.2.3", tracing)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="server-loop")
     thread.start()

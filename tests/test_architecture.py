@@ -114,6 +114,20 @@ def test_the_server_itself_needs_no_deep_learning_library(module: str) -> None:
     assert {"torch", "transformers", "sentence_transformers", "sklearn", "scipy"}.isdisjoint(found)
 
 
+def test_a_server_without_traces_does_not_import_opentelemetry() -> None:
+    found = run_python("import router.server, router.bootstrap, sys; print(*sys.modules)").split()
+    assert not any(name.startswith("opentelemetry") for name in found)
+
+
+def test_only_one_module_knows_opentelemetry() -> None:
+    found = [
+        name_of(path)
+        for path in modules("router", "trainer")
+        if any(name.startswith("opentelemetry") for name in imports_of(path))
+    ]
+    assert found == ["router/tracing.py"]
+
+
 def test_what_is_refused_at_once_needs_no_model() -> None:
     found = run_python("import trainer.admission, sys; print(*sys.modules)").split()
     assert {"torch", "transformers", "onnxruntime", "faiss", "sklearn"}.isdisjoint(found)

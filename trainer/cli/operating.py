@@ -56,6 +56,24 @@ def serve(
             help="HOST:PORT that Prometheus scrapes over HTTP. Default: no metrics.",
         ),
     ] = None,
+    traces: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            envvar="PROMPTYARD_TRACES",
+            help="Collector that traces go to by OTLP over gRPC, e.g. http://127.0.0.1:4317; needs "
+            "promptyard[tracing]. Default: no traces.",
+        ),
+    ] = None,
+    traces_share: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            envvar="PROMPTYARD_TRACES_SHARE",
+            help="Share of the calls to trace, of those whose caller does not say.",
+        ),
+    ] = 1.0,
     tokens: Annotated[
         Path | None,
         typer.Option(
@@ -236,6 +254,8 @@ def serve(
             home=home_folder(home),
             listen=listen,
             metrics=metrics,
+            traces=traces,
+            traces_share=traces_share,
             tokens=tokens,
             tls=_tls_files(tls_cert, tls_key, tls_client_ca),
             insecure=insecure,
