@@ -30,7 +30,7 @@ TASKS = {
 }
 COMMANDS = [
     *("register", "list", "show", "retire", "restore", "rollback", "serve", "route", "generate"),
-    *("inspect", "export", "status", "token", "demo"),
+    *("inspect", "export", "status", "top", "token", "demo"),
     *("base show", "base check"),
     *("evaluate routing", "evaluate answers", "evaluate stream"),
     *("policy show", "policy set"),

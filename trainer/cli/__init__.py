@@ -22,6 +22,7 @@ from trainer.cli import (
     serving,
     tasks,
     trying,
+    watching,
 )
 from trainer.cli.console import fail, quiet_libraries
 
@@ -80,6 +81,7 @@ inspecting.add_to(app)
 exchanging.add_to(app)
 operating.add_to(app)
 serving.add_to(app)
+watching.add_to(app)
 drifting.add_to(app)
 demo.add_to(app)
 comparing.add_to(evaluation.app)
