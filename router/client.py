@@ -60,6 +60,8 @@ _OPTIONS = [
     # By default a lost connection is first tried again after a second, retries or not.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 5_000),
+    # gRPC would let all clients of a process share one connection, and so one worker of a server.
+    ("grpc.use_local_subchannel_pool", 1),
 ]
 
 
@@ -99,7 +101,7 @@ class RouterError(Exception):
 
 
 class RouterClient:
-    """Calls a Promptyard server. Thread-safe; close it, or use it in a `with`.
+    """Calls a Promptyard server, on one connection. Thread-safe; close it, or use it in a `with`.
 
     `on_unknown` says which task is used for a text that fits none; None: as the catalog says.
     `request_key` says whose request it is: where a challenger shares the texts of a task, all

@@ -17,12 +17,19 @@ from typing import Any
 
 import pytest
 
-from router.bootstrap import check_settings
+from router.backends.onnx_encoder import OnnxMiniLM
+from router.backends.torch_model import TorchLanguageModel
+from router.bootstrap import check_settings, load_base_model
 from router.client import RouterClient
 from router.errors import InvalidInputError
+from router.settings import DEFAULT_BASE_MODEL
 from router.supervisor import shared_port
 from tests.benchmarks.chaos import free_port
+from tests.benchmarks.serving_homes import register_with_untuned_prompts, write_examples
 from tests.fakes import make_settings
+from trainer.commands import RegisterTask
+from trainer.data import Example
+from trainer.workshop import Workshop
 
 SECONDS = 60.0
 
@@ -117,9 +124,12 @@ def supervising(
     return running([sys.executable, "-c", program])
 
 
-def serving(home: Path, *flags: str) -> contextlib.AbstractContextManager[Supervised]:
+def serving(
+    home: Path, *flags: str, answers: bool = False
+) -> contextlib.AbstractContextManager[Supervised]:
     command = [sys.executable, "-m", "trainer.cli", "serve", "--home", str(home)]
-    return running([*command, "--route-only", "--listen", "127.0.0.1:0", *flags])
+    command += ["--listen", "127.0.0.1:0", *([] if answers else ["--route-only"])]
+    return running([*command, *flags])
 
 
 def scraped(port: int, sample: str) -> float:
@@ -179,6 +189,42 @@ def test_workers_share_a_port_replace_one_that_was_killed_and_finish_their_calls
         assert len(answers) == 64
     assert served.other == []
     assert not any(is_running(pid) for pid in second.values())
+
+
+def mib(pid: int, kind: str) -> float:
+    """Memory of a process: resident (`Rss`), or its share of what it has in common (`Pss`)."""
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    [line] = [line for line in rollup.splitlines() if line.startswith(f"{kind}:")]
+    return int(line.split()[1]) / 1024
+
+
+def test_workers_answer_alike_with_one_copy_of_the_base_model(
+    tmp_path: Path, encoder: OnnxMiniLM
+) -> None:
+    base_model = load_base_model(DEFAULT_BASE_MODEL, device="cpu", threads=1)
+    assert isinstance(base_model, TorchLanguageModel)
+    rows = [Example(f"is anybody there, number {number}?", "yes") for number in range(12)]
+    data = write_examples(tmp_path / "rows.jsonl", [*rows, Example("nobody is here", "no")])
+    request = RegisterTask("presence", data, instruction="Is anybody there?")
+    with Workshop(tmp_path, encoder) as workshop:
+        register_with_untuned_prompts(workshop, [request], base_model)
+    answers: dict[str, set[str]] = {}
+    with serving(tmp_path, "--workers", "2", "--threads", "1", answers=True) as served:
+        address = served.line().split(", ")[0].removeprefix("listening on ")
+        for _ in range(12):
+            with RouterClient(address) as client:
+                started = str(client.status().started_at.ToJsonString())
+                events = client.generate("is anybody there?", task=request.name)
+                answer = "".join(event for event in events if isinstance(event, str))
+                answers.setdefault(answer, set()).add(started)
+        pids = served.pids().values()
+        in_common = sum(mib(pid, "Rss") - mib(pid, "Pss") for pid in pids)
+        assert served.stop() == 0
+    assert len(answers) == 1
+    assert "" not in answers
+    [workers] = answers.values()
+    assert len(workers) == 2  # each of them was asked
+    assert in_common > 300
 
 
 def test_a_worker_that_cannot_serve_ends_the_others_and_is_told_of(tmp_path: Path) -> None:
