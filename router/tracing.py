@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span, Tracer
 
 _SERVICE = "promptyard"
+_PACKAGES = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.grpc")
 _EXPORT_SECONDS = 5
 _TRACE_CONTEXT = ("traceparent", "tracestate")
 
@@ -38,10 +39,17 @@ def check_tracing(endpoint: str) -> None:
         raise InvalidInputError(
             "traces", endpoint, "give the URL of a collector, e.g. http://127.0.0.1:4317"
         )
-    if find_spec("opentelemetry") is None or find_spec("opentelemetry.exporter") is None:
+    if not all(map(_is_installed, _PACKAGES)):
         raise InvalidInputError(
             "traces", "OpenTelemetry is not installed", "pip install 'promptyard[tracing]'"
         )
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # not even what it is a part of
+        return False
 
 
 def stage(name: str, began: float, ended: float, **counts: float) -> None:
