@@ -11,8 +11,15 @@ from dataclasses import dataclass
 
 from router.batching import BatchLimits, MicroBatcher, about_tokens
 from router.generation_queue import GenerationQueue
-from router.interfaces import Generation, LanguageModel, Observer, PromptedInput, Scores
-from router.label_classifier import LabelEvidence
+from router.interfaces import (
+    Generation,
+    LanguageModel,
+    Observer,
+    PromptedEncoder,
+    PromptedInput,
+    Scores,
+)
+from router.label_classifier import ClassifierInput, read_evidence
 from router.observing import UNOBSERVED
 from router.turns import Turns
 
@@ -22,19 +29,31 @@ class Question:
     """What to ask of the base model.
 
     `outputs` are the closed set to choose from, or None for free text of at most
-    `max_output_tokens`. `evidence` is what the task's label classifier says, where it has one.
+    `max_output_tokens`. `classified` is what the task's label classifier reads, where it has one.
     """
 
     input: PromptedInput
     outputs: tuple[str, ...] | None
     max_output_tokens: int
-    evidence: LabelEvidence | None = None
+    classified: ClassifierInput | None = None
 
-    def choose(self, scores: Scores) -> int:
-        """The index of the output that these scores and the evidence are for."""
-        if self.evidence is None:
-            return scores.best
-        return self.evidence.best(scores.log_probabilities)
+
+def choose_labels(
+    model: LanguageModel, encoder: PromptedEncoder | None, questions: Sequence[Question]
+) -> list[tuple[int, Scores]]:
+    """The index of the output that each question of a closed set is answered with, and the scores.
+
+    The base model and the label classifiers decide together.
+    """
+    scored = model.score(
+        [question.input for question in questions],
+        [question.outputs or () for question in questions],
+    )
+    evidence = read_evidence([question.classified for question in questions], encoder)
+    return [
+        (scores.best if found is None else found.best(scores.log_probabilities), scores)
+        for found, scores in zip(evidence, scored, strict=True)
+    ]
 
 
 class Answerer:
@@ -50,12 +69,15 @@ class Answerer:
         limits: BatchLimits,
         observer: Observer = UNOBSERVED,
         turns: Turns | None = None,
+        encoder: PromptedEncoder | None = None,
     ) -> None:
         """`limits` hold for labels and for free text, each; `turns` are shared by users of `model`.
 
+        `encoder` reads texts under the encoder prompts of label classifiers.
         `observer` is told of the queues `scoring` and `generating`.
         """
         self.model = model
+        self._encoder = encoder
         self._turns = turns or Turns()
         self._scoring = MicroBatcher(
             self._choose, _count_tokens, limits, name="scoring", observer=observer
@@ -96,15 +118,13 @@ class Answerer:
 
     def _choose(self, questions: Sequence[Question]) -> list[Generation]:
         """In the worker thread: the most probable output of each question."""
-        outputs = [question.outputs or () for question in questions]
         with self._turns:
-            scored = self.model.score([question.input for question in questions], outputs)
+            chosen_labels = choose_labels(self.model, self._encoder, questions)
         answers = []
-        for question, candidates, scores in zip(questions, outputs, scored, strict=True):
-            chosen = question.choose(scores)
+        for question, (chosen, scores) in zip(questions, chosen_labels, strict=True):
             answers.append(
                 Generation(
-                    candidates[chosen],
+                    (question.outputs or ())[chosen],
                     "label",
                     scores.input_tokens,
                     scores.output_tokens[chosen],

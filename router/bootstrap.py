@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING
 import structlog
 
 from router.answering import Answerer
-from router.interfaces import Encoder, LanguageModel, Observer
+from router.interfaces import (
+    Encoder,
+    LanguageModel,
+    Observer,
+    PromptedEncoder,
+    prompted_encoder,
+)
 from router.observing import UNOBSERVED
 from router.routing import Router
 from router.settings import DEFAULT_ENCODER, ServerSettings
@@ -74,13 +80,15 @@ def load_base_model(
 class Models:
     """The models of a process, and what they demand of a catalog.
 
-    Whoever answers with the base model takes `turns`.
+    Whoever answers with the base model takes `turns`. `prompted_encoder` is `encoder` itself where
+    that can read encoder prompts.
     """
 
     encoder: Encoder
     base_model: LanguageModel | None
     served: ServedModels
     turns: Turns = field(default_factory=Turns)
+    prompted_encoder: PromptedEncoder | None = None
 
 
 def load_models(settings: ServerSettings, base_model: LanguageModel | None = None) -> Models:
@@ -116,7 +124,7 @@ def load_models(settings: ServerSettings, base_model: LanguageModel | None = Non
     # The first runs of a graph allocate its memory, which the first callers should not wait for.
     for texts in (1, settings.routing_batches.batch_items):
         encoder.encode(["warm up"] * texts)
-    return Models(encoder, base_model, served)
+    return Models(encoder, base_model, served, prompted_encoder=prompted_encoder(encoder))
 
 
 @contextlib.contextmanager
@@ -197,7 +205,13 @@ def router_over(
         live.start()
         answerer = None
         if models.base_model is not None:
-            answerer = Answerer(models.base_model, settings.answer_batches, observer, models.turns)
+            answerer = Answerer(
+                models.base_model,
+                settings.answer_batches,
+                observer,
+                models.turns,
+                models.prompted_encoder,
+            )
             closing.callback(answerer.close)
         if settings.cache_mib > 0:
             encoder = CachingEncoder(encoder, int(settings.cache_mib * 2**20), observer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +52,30 @@ class Encoder(Protocol):
 
     def encode(self, texts: Sequence[str]) -> Embeddings:
         """Embed `texts` `[B]` to unit vectors `[B, D]`."""
+
+
+@runtime_checkable
+class PromptedEncoder(Protocol):
+    """An encoder that can also read texts under encoder prompts. Thread-safe."""
+
+    @property
+    def prompt_width(self) -> int:
+        """W, the numbers of each virtual token of an encoder prompt."""
+
+    def encode_prompted(self, texts: Sequence[str], prompts: Sequence[FloatArray]) -> FloatArray:
+        """Embed each text under its encoder prompt `[P, W]` to unit vectors `[B, D]`.
+
+        A row's vector does not depend on the other rows of its batch (up to float32 rounding);
+        their prompts may have other lengths.
+
+        Raises:
+            IncompatibleModelError: a prompt is of another width.
+        """
+
+
+def prompted_encoder(encoder: Encoder) -> PromptedEncoder | None:
+    """`encoder`, if it can read encoder prompts."""
+    return encoder if isinstance(encoder, PromptedEncoder) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,13 @@ from router.label_classifier import LabelClassifier
 from router.rejection import RejectionPolicy
 from router.snapshot import Challenger, Snapshot
 from router.statistics import PooledMoments, TaskStatistics
-from router.tasks import PromptMethod, ServedTask, SoftPrompt, TaskKey, TaskRecord
+from router.tasks import (
+    PromptMethod,
+    ServedTask,
+    SoftPrompt,
+    TaskKey,
+    TaskRecord,
+)
 
 if TYPE_CHECKING:
     from router.fitting import Background
@@ -40,6 +46,7 @@ if TYPE_CHECKING:
 EMBEDDINGS_TENSOR = "embeddings"
 CLUSTERS_TENSOR = "clusters"
 CLASSIFIER_TENSOR = "label_rows"
+ENCODER_PROMPT_TENSOR = "encoder_prompt"
 PROMPT_TENSOR = "prompt_embeddings"
 PREFIX_TENSOR = "prefix_keys_and_values"
 PROMPT_TENSORS: Mapping[PromptMethod, str] = {"prompt": PROMPT_TENSOR, "prefix": PREFIX_TENSOR}
@@ -273,4 +280,17 @@ def read_classifier(
         raise CorruptArtifactError(
             f"label classifier of {record.key}", f"{len(rows)} labels", "register the task again"
         )
-    return LabelClassifier(cast("FloatArray", rows), about.prompt_weight)
+    prompt = None
+    if about.encoder_prompt_tokens:
+        prompt = artifacts.read_tensor(about.sha256, ENCODER_PROMPT_TENSOR, np.float32)
+        if len(prompt) != about.encoder_prompt_tokens:
+            raise CorruptArtifactError(
+                f"encoder prompt of {record.key}",
+                f"{len(prompt)} tokens",
+                "register the task again",
+            )
+    return LabelClassifier(
+        cast("FloatArray", rows),
+        about.prompt_weight,
+        None if prompt is None else cast("FloatArray", prompt),
+    )

@@ -31,6 +31,7 @@ from router.interfaces import (
     Observer,
     PromptedInput,
 )
+from router.label_classifier import ClassifierInput
 from router.limits import Limits
 from router.observing import UNOBSERVED
 from router.rejection import RejectionPolicy
@@ -229,18 +230,18 @@ class Router:
             return
         served = snapshot.answering(decision).task(decision.used.name)
         prompt = usable_prompt(served)
-        evidence = None
+        classified = None
         if served.classifier is not None:
-            if vector is None:
+            if vector is None and served.classifier.encoder_prompt is None:
                 vector = await self._embed(text, snapshot, decision)
-            evidence = served.classifier.evidence(vector)
+            classified = ClassifierInput(served.classifier, text, vector)
         question = Question(
             PromptedInput(
                 fill(served.record.template, text, context), prompt.values, prompt.method
             ),
             served.record.outputs,
             output_tokens,
-            evidence,
+            classified,
         )
         asked = time.perf_counter()
         async with aclosing(self.answerer.answer(question)) as steps:

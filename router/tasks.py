@@ -90,12 +90,14 @@ class ClassifierSummary:
     """The label classifier of a task (`router.label_classifier`): its file, and what it is worth.
 
     `accuracy` is the share of the task's rows that it labels rightly when they are held out;
-    `prompt_weight` is what the base model's log-probabilities count beside it.
+    `prompt_weight` is what the base model's log-probabilities count beside it;
+    `encoder_prompt_tokens` is the length of the task's encoder prompt, 0 where it has none.
     """
 
     sha256: str
     prompt_weight: float
     accuracy: float
+    encoder_prompt_tokens: int = 0
 
 
 # Fields of later versions. A record that lacks them keeps the digest that it was stored with.
@@ -142,6 +144,8 @@ class TaskRecord:
         for later in ("template", "classifier"):
             if not document[later]:
                 del document[later]
+        if self.classifier is not None and not self.classifier.encoder_prompt_tokens:
+            del document["classifier"]["encoder_prompt_tokens"]
         if document["prompt"] is not None:
             document["prompt"] = {
                 key: value

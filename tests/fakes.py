@@ -20,6 +20,7 @@ from router.interfaces import (
     FinishReason,
     Generation,
     LanguageModel,
+    PromptedEncoder,
     PromptedInput,
     Scores,
     Written,
@@ -270,13 +271,17 @@ def make_router(
     model: LanguageModel | None = None,
     live: FixedLive | None = None,
     settings: ServerSettings | None = None,
+    prompted: PromptedEncoder | None = None,
 ) -> Router:
-    """A router over fakes. Without `model` it only routes."""
+    """A router over fakes. Without `model` it only routes; `prompted` reads encoder prompts."""
     settings = settings or make_settings()
+    answerer = None
+    if model is not None:
+        answerer = Answerer(model, settings.answer_batches, encoder=prompted)
     return Router(
         live or FixedLive(make_snapshot()),
         encoder or FakeEncoder(),
-        Answerer(model, settings.answer_batches) if model is not None else None,
+        answerer,
         settings.limits,
         settings.routing_batches,
     )

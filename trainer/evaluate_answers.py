@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from router.answering import Question
+from router.answering import Question, choose_labels
 from router.errors import InvalidInputError, NoPromptError, TaskOutOfServiceError
-from router.interfaces import FloatArray, LanguageModel, PromptedInput
+from router.interfaces import FloatArray, LanguageModel, PromptedEncoder, PromptedInput
+from router.label_classifier import ClassifierInput
 from router.routing import usable_prompt
 from router.snapshot import Snapshot
 from router.tasks import SoftPrompt
@@ -81,10 +82,12 @@ def evaluate_answers(
     max_output_tokens: int = DEFAULT_OUTPUT_TOKENS,
     progress: Progress = lambda *_: None,
     metric: Metric | None = None,
+    encoder: PromptedEncoder | None = None,
 ) -> AnswerEvaluation:
     """Answer the in-scope rows, as they were routed by `decisions`, and compare with their outputs.
 
-    `vectors` `[B, D]` are the embeddings of the decisions' rows.
+    `vectors` `[B, D]` are the embeddings of the decisions' rows, by `encoder` where that can read
+    the encoder prompts of label classifiers.
 
     A closed set of outputs is scored, free text of at most `max_output_tokens` is generated. An
     answer is right that is the row's output, apart from case and white space. A task's answers are
@@ -105,7 +108,7 @@ def evaluate_answers(
         for routed, vector in zip(in_scope, vectors[places], strict=True)
     ]
     # Where there is no classifier, this is the question that was asked already.
-    alone = [replace(question, evidence=None) for question in oracle if question.evidence]
+    alone = [replace(question, classified=None) for question in oracle if question.classified]
     bare = [questions.ask_bare(routed.row, str(routed.row.task)) for routed in in_scope]
     elsewhere = [
         questions.ask_if_prompted(routed.row, routed.best, vector)
@@ -113,7 +116,7 @@ def evaluate_answers(
         if not routed.is_right
     ]
     asked = [*oracle, *alone, *bare, *filter(None, elsewhere)]
-    answers = iter(_answer(model, asked, progress))
+    answers = iter(_answer(model, encoder, asked, progress))
     oracle_answers = [next(answers) for _ in oracle]
     alone_answers = iter([next(answers) for _ in alone])
     bare_answers = [next(answers) for _ in bare]
@@ -130,7 +133,7 @@ def evaluate_answers(
                 routed.is_rejected,
                 given or "",
                 own,
-                next(alone_answers) if question.evidence else own,
+                next(alone_answers) if question.classified else own,
                 plain,
             )
         )
@@ -156,7 +159,7 @@ class _Questions:
         question = self._question(row, task, usable_prompt(served))
         if served.classifier is None:
             return question
-        return replace(question, evidence=served.classifier.evidence(vector))
+        return replace(question, classified=ClassifierInput(served.classifier, row.text, vector))
 
     def ask_if_prompted(self, row: LabelledText, task: str, vector: FloatArray) -> Question | None:
         """The same, or None where the task has no prompt that can be used."""
@@ -178,7 +181,12 @@ class _Questions:
         return Question(prompted, record.outputs, self._max_output_tokens)
 
 
-def _answer(model: LanguageModel, questions: Sequence[Question], progress: Progress) -> list[str]:
+def _answer(
+    model: LanguageModel,
+    encoder: PromptedEncoder | None,
+    questions: Sequence[Question],
+    progress: Progress,
+) -> list[str]:
     """The answers, in the order of the questions. Batches are of similar lengths."""
     answers = [""] * len(questions)
     # Prompts of different tasks share batches; scored and generated rows do not.
@@ -190,22 +198,25 @@ def _answer(model: LanguageModel, questions: Sequence[Question], progress: Progr
         chosen = [i for i in order if (questions[i].outputs is None) is kind]
         for start in range(0, len(chosen), _ROWS_AT_ONCE):
             batch = chosen[start : start + _ROWS_AT_ONCE]
-            for i, answer in zip(batch, _batch(model, [questions[i] for i in batch]), strict=True):
+            found = _batch(model, encoder, [questions[i] for i in batch])
+            for i, answer in zip(batch, found, strict=True):
                 answers[i] = answer
             progress("generated" if kind else "scored", "answer", start + len(batch), len(chosen))
     return answers
 
 
-def _batch(model: LanguageModel, questions: Sequence[Question]) -> list[str]:
-    inputs = [question.input for question in questions]
+def _batch(
+    model: LanguageModel, encoder: PromptedEncoder | None, questions: Sequence[Question]
+) -> list[str]:
     if questions[0].outputs is None:
+        inputs = [question.input for question in questions]
         written = model.generate(inputs, questions[0].max_output_tokens)
         return [generation.text for generation in written]
-    outputs = [question.outputs or () for question in questions]
-    scores = model.score(inputs, outputs)
     return [
-        labels[question.choose(row)]
-        for question, labels, row in zip(questions, outputs, scores, strict=True)
+        (question.outputs or ())[chosen]
+        for question, (chosen, _) in zip(
+            questions, choose_labels(model, encoder, questions), strict=True
+        )
     ]
 
 

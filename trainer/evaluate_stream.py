@@ -19,7 +19,7 @@ import numpy as np
 
 from router.errors import InvalidInputError
 from router.head import Head, digest
-from router.interfaces import Encoder, FloatArray, LanguageModel
+from router.interfaces import Encoder, FloatArray, LanguageModel, prompted_encoder
 from router.snapshot import Snapshot
 from router.statistics import ExactArray
 from router.threads import one_blas_thread
@@ -229,7 +229,13 @@ def evaluate_stream(
     if base_model is not None:
         served = load_snapshot(scratch / "home", encoder, base_model.fingerprint)
         answers = evaluate_answers(
-            served, base_model, decisions, embeddings.vectors, max_output_tokens, progress
+            served,
+            base_model,
+            decisions,
+            embeddings.vectors,
+            max_output_tokens,
+            progress,
+            encoder=prompted_encoder(encoder),
         )
     return StreamEvaluation(
         stream=stream,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import logsumexp
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
@@ -22,32 +24,57 @@ PROMPT_WEIGHT = 0.3
 # More rows than that are not fitted: time grows with them, and accuracy hardly.
 MAX_ROWS = 4096
 _FOLDS = 5
+# With fewer rows, those that an encoder prompt would be judged by are worth more for tuning it.
+_ROWS_TO_COMPARE = 400
+# What its regression is then scaled by, from rows held out of the example tasks' training files.
+_SCALE_OF_FEW = 1.5
 # Unit vectors differ by little in each of their dimensions; an L2 penalty wants larger numbers.
-_SCALE = 8.0
+_SPREAD = 8.0
+# Under an encoder prompt they differ by more where it matters.
+_SPREAD_UNDER_PROMPT = 5.0
 _MAX_ITERATIONS = 300
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FittedClassifier:
-    """Rows `[C, D + 1]` float32, and the share of rows that are right when they are held out."""
+    """Rows `[C, D + 1]` float32, for embeddings under the `encoder_prompt` `[P, W]` or plain ones.
+
+    `accuracy` is the share of rows that are right when they are held out; by plain embeddings,
+    where rows are too few to hold some out of tuning the encoder prompt.
+    """
 
     rows: FloatArray
     accuracy: float
+    encoder_prompt: FloatArray | None = None
+
+
+class Prompting(Protocol):
+    """Tunes encoder prompts for a task, and embeds the task's rows under them."""
+
+    def tune(self, rows: NDArray[np.int64]) -> FloatArray:
+        """An encoder prompt `[P, W]`, tuned on the rows of these numbers."""
+
+    def embed(self, prompt: FloatArray, rows: NDArray[np.int64]) -> FloatArray:
+        """The embeddings `[n, D]` of the rows of these numbers under a prompt."""
 
 
 def fit_classifier(
-    vectors: FloatArray, outputs: Sequence[str], labels: Sequence[str]
+    vectors: FloatArray,
+    outputs: Sequence[str],
+    labels: Sequence[str],
+    prompting: Prompting | None = None,
 ) -> FittedClassifier | None:
     """A classifier of embeddings `[N, D]` whose outputs are among the `labels`.
 
     Multinomial logistic regression, scaled so that its probabilities are right on held-out rows
     (five folds). None where a label has too few rows to be held out, or where the embeddings say
-    nothing of the labels.
+    nothing of the labels. With `prompting`, an encoder prompt is tuned, and the classifier is one
+    of embeddings under it. Where there are rows enough to see, only if that is better.
     """
     number = {label: n for n, label in enumerate(labels)}
-    step = -(-len(vectors) // MAX_ROWS)
-    vectors = vectors[::step]
-    truth = np.array([number[output] for output in outputs[::step]])
+    chosen = np.arange(0, len(vectors), -(-len(vectors) // MAX_ROWS))
+    vectors = vectors[chosen]
+    truth = np.array([number[outputs[row]] for row in chosen.tolist()])
     if np.bincount(truth, minlength=len(labels)).min() < 2:
         return None
     held_out = _held_out_scores(vectors, truth, len(labels))
@@ -55,18 +82,52 @@ def fit_classifier(
     if scale <= 0:
         return None
     rows = np.float32(scale) * _fit(vectors, truth)
-    return FittedClassifier(rows, float((held_out.argmax(1) == truth).mean()))
+    fitted = FittedClassifier(rows, float((held_out.argmax(1) == truth).mean()))
+    if prompting is None:
+        return fitted
+    if len(chosen) < _ROWS_TO_COMPARE:
+        prompt = prompting.tune(chosen)
+        vectors = prompting.embed(prompt, chosen)
+        rows = np.float32(_SCALE_OF_FEW) * _fit(vectors, truth, _SPREAD_UNDER_PROMPT)
+        return FittedClassifier(rows, fitted.accuracy, prompt)
+    return _better(fitted, scale * held_out, truth, chosen, prompting)
+
+
+def _better(
+    fitted: FittedClassifier,
+    held_out: FloatArray,
+    truth: NDArray[np.int64],
+    chosen: NDArray[np.int64],
+    prompting: Prompting,
+) -> FittedClassifier:
+    """`fitted`, or the classifier under an encoder prompt where that makes rows more likely.
+
+    They are those of the last fold, which the prompt is not tuned on; `held_out` `[N, C]` are the
+    scores of plain embeddings. Rows are the numbers `chosen` `[N]` of the task's.
+    """
+    out = _folds(truth, _FOLDS) == _FOLDS - 1
+    prompt = prompting.tune(chosen[~out])
+    vectors = prompting.embed(prompt, chosen)
+    rows = _fit(vectors[~out], truth[~out], _SPREAD_UNDER_PROMPT)
+    scores = vectors[out] @ rows[:, :-1].T + rows[:, -1]
+    [scale] = weigh(scores[None], truth[out], (1.0,))
+    if _loss(scale * scores, truth[out]) >= _loss(held_out[out], truth[out]):
+        return fitted
+    return FittedClassifier(
+        np.float32(scale) * _fit(vectors, truth, _SPREAD_UNDER_PROMPT),
+        float((scores.argmax(1) == truth[out]).mean()),
+        prompt,
+    )
+
+
+def _loss(scores: FloatArray, truth: NDArray[np.int64]) -> float:
+    """The mean cross-entropy of scores `[N, C]`."""
+    return float((logsumexp(scores, axis=1) - scores[np.arange(len(truth)), truth]).mean())
 
 
 def _held_out_scores(vectors: FloatArray, truth: NDArray[np.int64], labels: int) -> FloatArray:
-    """Scores `[N, C]` of each row by a classifier of the other folds.
-
-    The rows of a label are dealt out to the folds in turn, so that none lacks it.
-    """
-    place = np.empty(len(truth), np.int64)
-    order = np.argsort(truth, kind="stable")
-    place[order] = np.arange(len(truth))
-    fold = place % _FOLDS
+    """Scores `[N, C]` of each row by a classifier of the other folds."""
+    fold = _folds(truth, _FOLDS)
     scores = np.empty((len(truth), labels), np.float32)
     for number in range(min(_FOLDS, len(truth))):
         out = fold == number
@@ -75,15 +136,26 @@ def _held_out_scores(vectors: FloatArray, truth: NDArray[np.int64], labels: int)
     return scores
 
 
-def _fit(vectors: FloatArray, truth: NDArray[np.int64]) -> FloatArray:
-    """Rows `[C, D + 1]` of a classifier of rows among which every label is."""
+def _folds(truth: NDArray[np.int64], folds: int) -> NDArray[np.int64]:
+    """The fold of each row: those of a label are dealt out in turn, so that no fold lacks it."""
+    place = np.empty(len(truth), np.int64)
+    order = np.argsort(truth, kind="stable")
+    place[order] = np.arange(len(truth))
+    return place % folds
+
+
+def _fit(vectors: FloatArray, truth: NDArray[np.int64], spread: float = _SPREAD) -> FloatArray:
+    """Rows `[C, D + 1]` of a classifier of rows among which every label is.
+
+    Embeddings are stretched by `spread` for the penalty to be of one kind with them.
+    """
     center = vectors.mean(0)
     regression = LogisticRegression(max_iter=_MAX_ITERATIONS)
     with warnings.catch_warnings():
         # Not quite converged is as good here: the scale is measured afterwards.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        regression.fit((vectors - center) * _SCALE, truth)
-    weights, biases = regression.coef_ * _SCALE, regression.intercept_
+        regression.fit((vectors - center) * spread, truth)
+    weights, biases = regression.coef_ * spread, regression.intercept_
     if len(weights) == 1:  # two labels have one row between them
         weights, biases = np.stack([-weights[0], weights[0]]) / 2, np.array([-1, 1]) * biases / 2
     rows = np.concatenate([weights, (biases - weights @ center)[:, None]], axis=1)

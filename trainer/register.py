@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from importlib.metadata import version
 
 import numpy as np
 
 from router.challengers import Challenge
 from router.errors import InvalidInputError, PromptyardError, RefusedError, shorten
-from router.interfaces import Embeddings, FloatArray, LanguageModel
+from router.interfaces import Embeddings, FloatArray, LanguageModel, prompted_encoder
 from router.loading import (
     CLASSIFIER_TENSOR,
     CLUSTERS_TENSOR,
     EMBEDDINGS_TENSOR,
+    ENCODER_PROMPT_TENSOR,
     PROMPT_TENSORS,
 )
 from router.statistics import to_fixed_point
@@ -33,6 +35,7 @@ from trainer.checkpoint import DEFAULT_SECONDS, Checkpoints
 from trainer.clustering import cluster
 from trainer.commands import PolicyChange, RegisterTask
 from trainer.data import Example, LabelledFile, summarise
+from trainer.encoder_prompts import EncoderPromptJob, EncoderPromptTuner, TaskPrompting
 from trainer.gate import DEFAULT_GATE_LIMIT, InterferenceError
 from trainer.initialisation import Start
 from trainer.label_classifier import PROMPT_WEIGHT, fit_classifier
@@ -84,6 +87,7 @@ def register(
     prepared = list(_each(requests, lambda request: prepare(workshop.catalog, request), failures))
     checkpoints = Checkpoints(workshop.home / CHECKPOINTS_FOLDER, checkpoint_seconds)
     prompts = _tune(workshop, prepared, base_model, settings, failures, progress, checkpoints)
+    classifiers = _Classifiers(workshop, settings, progress)
     records = []
     for task in prepared:
         if task.request.name in failures:
@@ -92,7 +96,7 @@ def register(
         try:
             if tuned is not None:
                 check_prompt(task.request, tuned, task.metric)
-            records.append(_store(workshop, task, tuned, base_model, progress))
+            records.append(_store(workshop, task, tuned, base_model, classifiers, progress))
         except PromptyardError as error:
             failures[task.request.name] = error
     progress("", "publish", 0, 1)
@@ -278,6 +282,7 @@ def _store(
     task: Prepared,
     tuned: TunedPrompt | None,
     base_model: LanguageModel | None,
+    classifiers: _Classifiers,
     progress: Progress,
 ) -> TaskRecord:
     """Embed the rows, store rows and prompt, and make the record."""
@@ -291,7 +296,7 @@ def _store(
     )
     prompt = classifier = None
     if tuned is not None and base_model is not None:
-        classifier = _classifier(workshop, task, embeddings.vectors)
+        classifier = classifiers.stored(task, embeddings.vectors)
         tokens, width = tuned.values.shape
         prompt = PromptSummary(
             sha256=workshop.artifacts.write_tensors({PROMPT_TENSORS[tuned.method]: tuned.values}),
@@ -327,20 +332,50 @@ def _store(
     )
 
 
-def _classifier(
-    workshop: Workshop, task: Prepared, vectors: FloatArray
-) -> ClassifierSummary | None:
-    """Fit and store the label classifier of a task with a closed set of outputs, where wanted."""
-    if task.outputs is None or not task.request.with_classifier:
-        return None
-    fitted = fit_classifier(vectors, [row.output for row in task.file.examples], task.outputs)
-    if fitted is None:
-        return None
-    return ClassifierSummary(
-        workshop.artifacts.write_tensors({CLASSIFIER_TENSOR: fitted.rows}),
-        PROMPT_WEIGHT,
-        fitted.accuracy,
-    )
+class _Classifiers:
+    """Fits and stores the label classifiers of tasks, with encoder prompts where they can be."""
+
+    def __init__(self, workshop: Workshop, settings: TuningSettings, progress: Progress) -> None:
+        self._workshop = workshop
+        self._settings = settings
+        self._progress = progress
+        self._encoder = prompted_encoder(workshop.encoder)
+
+    def stored(self, task: Prepared, vectors: FloatArray) -> ClassifierSummary | None:
+        """The classifier of a task with a closed set of outputs, where it is wanted and helps.
+
+        `vectors` `[N, D]` are the embeddings of the task's rows.
+        """
+        if task.outputs is None or not task.request.with_classifier:
+            return None
+        outputs = [row.output for row in task.file.examples]
+        fitted = fit_classifier(vectors, outputs, task.outputs, self._prompting(task))
+        if fitted is None:
+            return None
+        tensors = {CLASSIFIER_TENSOR: fitted.rows}
+        tokens = 0
+        if fitted.encoder_prompt is not None:
+            tensors[ENCODER_PROMPT_TENSOR] = fitted.encoder_prompt
+            tokens = len(fitted.encoder_prompt)
+        return ClassifierSummary(
+            self._workshop.artifacts.write_tensors(tensors), PROMPT_WEIGHT, fitted.accuracy, tokens
+        )
+
+    def _prompting(self, task: Prepared) -> TaskPrompting | None:
+        if self._encoder is None or task.outputs is None:
+            return None
+        number = {output: n for n, output in enumerate(task.outputs)}
+        job = EncoderPromptJob(
+            task.request.name,
+            " ".join([task.request.instruction, *task.outputs]).strip(),
+            [row.input for row in task.file.examples],
+            np.array([number[row.output] for row in task.file.examples]),
+        )
+        return TaskPrompting(self._tuner, self._encoder, job, self._progress)
+
+    @cached_property
+    def _tuner(self) -> EncoderPromptTuner:
+        return EncoderPromptTuner(self._settings.steps)
 
 
 def embed(workshop: Workshop, name: str, file: LabelledFile, progress: Progress) -> Embeddings:

@@ -57,12 +57,13 @@ def build_minilm_graph(
         layers: the layers to pool, 0 (embeddings) to 6, in the order of concatenation.
         int8: int8 matrix products instead of float32 ones.
 
-    Inputs of the graph: `ids` `[B, T]` int32, `lengths` `[B]` int32 (tokens before the padding),
-    `averaging` `[B, 1, T]` float32 (1/length on tokens, 0 on padding). Output: `embedding`
-    `[B, len(layers) * 384]` float32.
+    Inputs of the graph: `ids` `[B, T]` int32; `prompts` `[B, P, 384]` float32, the encoder prompts
+    in front of the embedded tokens (P may be 0); `lengths` `[B]` int32 (positions before the
+    padding, of prompt and tokens); `averaging` `[B, 1, P + T]` float32 (1/tokens on tokens, 0 on
+    prompt and padding). Output: `embedding` `[B, len(layers) * 384]` float32.
     """
     graph = _Graph(weights, int8)
-    hidden = graph.embeddings(words)
+    hidden = graph.prompted(graph.embeddings(words))
     states = [hidden]
     for layer in range(max(layers)):
         hidden = graph.layer(layer, hidden)
@@ -101,6 +102,14 @@ class _Graph:
             domain=_FUSED,
             epsilon=_EPSILON,
         )
+
+    def prompted(self, embedded: str) -> str:
+        """The encoder prompts, and the embedded tokens behind them.
+
+        Positions are in the tokens' embeddings already, and attention knows no others: a prompt
+        changes no token's own embedding.
+        """
+        return self._add("Concat", ["prompts", embedded], "prompted", axis=1)
 
     def layer(self, number: int, hidden: str) -> str:
         """One post-norm transformer layer."""
@@ -146,8 +155,9 @@ class _Graph:
             "all-MiniLM-L6-v2",
             [
                 value("ids", TensorProto.INT32, ["batch", "tokens"]),
+                value("prompts", TensorProto.FLOAT, ["batch", "prompt", HIDDEN]),
                 value("lengths", TensorProto.INT32, ["batch"]),
-                value("averaging", TensorProto.FLOAT, ["batch", 1, "tokens"]),
+                value("averaging", TensorProto.FLOAT, ["batch", 1, "positions"]),
             ],
             [value("embedding", TensorProto.FLOAT, ["batch", width])],
             self._tensors,

@@ -30,9 +30,13 @@ MAX_BATCH_TOKENS = 4096
 # 0.2 to 1.3 points to layers 3 and 6 (training rows of four data sets, a fifth held out).
 POOLED_LAYERS = (1, 4, 6)
 
+_NO_PROMPT = np.zeros((1, 0, HIDDEN), np.float32)
+
 
 class OnnxMiniLM:
     """all-MiniLM-L6-v2, layers 1, 4 and 6 mean-pooled: an `Encoder` with D = 1152.
+
+    It also reads texts under encoder prompts: a `PromptedEncoder`.
 
     `precision` is `int8` (default; weights and activations, one scale per token) or `float32`.
     Thread-safe: ONNX Runtime runs may overlap.
@@ -97,16 +101,49 @@ class OnnxMiniLM:
         truncated = np.array([bool(encoding.overflowing) for encoding in encodings], np.bool_)
         vectors = np.zeros((len(texts), self.dimension), np.float32)
         for chosen in batches_by_length(lengths, MAX_BATCH_TOKENS):
-            vectors[chosen] = self._run([encodings[i].ids for i in chosen], lengths[chosen])
+            vectors[chosen] = self._run([encodings[i].ids for i in chosen], _NO_PROMPT)
         return Embeddings(vectors, truncated)
 
-    def _run(self, ids: Sequence[Sequence[int]], lengths: NDArray[np.int32]) -> FloatArray:
+    @property
+    def prompt_width(self) -> int:
+        """384."""
+        return HIDDEN
+
+    def encode_prompted(self, texts: Sequence[str], prompts: Sequence[FloatArray]) -> FloatArray:
+        """Embed `texts` `[B]` under their encoder prompts `[P, 384]` to unit vectors `[B, 1152]`.
+
+        Raises:
+            IncompatibleModelError: a prompt is of another width.
+        """
+        check_encoder_prompts(prompts, HIDDEN)
+        encodings = self._tokenizer.encode_batch(list(texts))
+        vectors = np.zeros((len(texts), self.dimension), np.float32)
+        tokens = np.array([len(encoding.ids) for encoding in encodings], np.int32)
+        sizes = np.array([len(prompt) for prompt in prompts], np.int32)
+        for size in np.unique(sizes):  # those of one batch have one length
+            rows = np.flatnonzero(sizes == size)
+            for chosen in batches_by_length(tokens[rows] + size, MAX_BATCH_TOKENS):
+                places = rows[chosen]
+                vectors[places] = self._run(
+                    [encodings[i].ids for i in places], np.stack([prompts[i] for i in places])
+                )
+        return vectors
+
+    def _run(self, ids: Sequence[Sequence[int]], prompts: FloatArray) -> FloatArray:
+        """Embed token ids, behind prompts `[B, P, 384]` or `_NO_PROMPT`."""
+        lengths = np.array([len(tokens) for tokens in ids], np.int32)
+        size = prompts.shape[1]
         padded = np.zeros((len(ids), int(lengths.max())), np.int32)
-        averaging = np.zeros((len(ids), 1, padded.shape[1]), np.float32)
-        for row, (tokens, length) in enumerate(zip(ids, lengths, strict=True)):
-            padded[row, :length] = tokens
-            averaging[row, 0, :length] = 1.0 / length
-        inputs = {"ids": padded, "lengths": lengths, "averaging": averaging}
+        averaging = np.zeros((len(ids), 1, size + padded.shape[1]), np.float32)
+        for row, tokens in enumerate(ids):
+            padded[row, : len(tokens)] = tokens
+            averaging[row, 0, size : size + len(tokens)] = 1.0 / len(tokens)
+        inputs = {
+            "ids": padded,
+            "prompts": np.broadcast_to(prompts, (len(ids), size, HIDDEN)),
+            "lengths": lengths + np.int32(size),
+            "averaging": averaging,
+        }
         vectors: FloatArray = self._session.run(None, inputs)[0]
         return vectors
 
@@ -140,6 +177,21 @@ def _stored_words(path: Path) -> StoredTensor:
         size = int.from_bytes(file.read(8), "little")
         about = json.loads(file.read(size))[WORDS]
     return StoredTensor(path.name, 8 + size + about["data_offsets"][0], tuple(about["shape"]))
+
+
+def check_encoder_prompts(prompts: Sequence[FloatArray], width: int) -> None:
+    """Refuse prompts that are not `[P, width]`.
+
+    Raises:
+        IncompatibleModelError: one is not.
+    """
+    for prompt in prompts:
+        if prompt.ndim != 2 or prompt.shape[1] != width:
+            raise IncompatibleModelError(
+                "encoder prompt",
+                f"shape {prompt.shape}",
+                f"{NAME} takes vectors of {width} numbers",
+            )
 
 
 def load_tokenizer(folder: Path, window: int) -> Tokenizer:

@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import snapshot_download
 from sentence_transformers import SentenceTransformer
 
+from router.backends.minilm_graph import HIDDEN
 from router.backends.onnx_encoder import (
     MAX_BATCH_TOKENS,
     NAME,
@@ -19,9 +20,11 @@ from router.backends.onnx_encoder import (
     WEIGHTS_SHA256,
     WINDOW_TOKENS,
     batches_by_length,
+    check_encoder_prompts,
     check_weights,
     model_folder,
 )
+from router.backends.prompted_minilm import pooled_states
 from router.errors import IncompatibleModelError, InvalidInputError
 from router.interfaces import Embeddings, FloatArray
 
@@ -122,10 +125,14 @@ class TorchEncoder:
         vectors: FloatArray = self._model.encode(list(texts), show_progress_bar=False)
         return vectors
 
-    def _pooled(self, texts: Sequence[str]) -> FloatArray:
-        tokens = self._model.tokenizer(
+    def _tokens(self, texts: Sequence[str]) -> Any:  # noqa: ANN401 - a tokenizer's own mapping
+        """Ids and mask of texts, cut to the window and padded on the right, on the device."""
+        return self._model.tokenizer(
             list(texts), truncation=True, max_length=self._window, padding=True, return_tensors="pt"
         ).to(self._model.device)
+
+    def _pooled(self, texts: Sequence[str]) -> FloatArray:
+        tokens = self._tokens(texts)
         states = self._transformer(**tokens, output_hidden_states=True).hidden_states
         mask = tokens["attention_mask"].unsqueeze(-1).float()
         pooled = [
@@ -151,6 +158,39 @@ class TorchMiniLM(TorchEncoder):
         super().__init__(str(folder), POOLED_LAYERS, device, WINDOW_TOKENS)
         self._name = NAME
         self._weights_sha256 = WEIGHTS_SHA256
+
+    @property
+    def prompt_width(self) -> int:
+        """384."""
+        return HIDDEN
+
+    def encode_prompted(self, texts: Sequence[str], prompts: Sequence[FloatArray]) -> FloatArray:
+        """Embed `texts` `[B]` under their encoder prompts `[P, 384]` to unit vectors `[B, 1152]`.
+
+        Raises:
+            IncompatibleModelError: a prompt is of another width.
+        """
+        check_encoder_prompts(prompts, HIDDEN)
+        lengths = np.minimum(self._lengths(texts), self._window).astype(np.int32)
+        sizes = np.array([len(prompt) for prompt in prompts], np.int32)
+        vectors = np.zeros((len(texts), self.dimension), np.float32)
+        for size in np.unique(sizes):  # those of one batch have one length
+            rows = np.flatnonzero(sizes == size)
+            for chosen in batches_by_length(lengths[rows] + size, MAX_BATCH_TOKENS):
+                places = rows[chosen]
+                tokens = self._tokens([texts[i] for i in places])
+                stacked = torch.from_numpy(np.stack([prompts[i] for i in places]))
+                with torch.inference_mode():
+                    pooled = pooled_states(
+                        self._transformer,
+                        tokens["input_ids"],
+                        tokens["attention_mask"],
+                        stacked.to(self._model.device),
+                        self._layers,
+                    )
+                joined = torch.cat(pooled, 1) / len(pooled) ** 0.5
+                vectors[places] = joined.cpu().numpy()
+        return vectors
 
 
 def _check_exists(name_or_folder: str) -> None:

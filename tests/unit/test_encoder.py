@@ -34,7 +34,7 @@ from router.backends.torch_encoder import TorchEncoder, TorchMiniLM
 from router.bootstrap import load_encoder
 from router.compiling import compile_head
 from router.errors import IncompatibleModelError, InvalidInputError
-from router.interfaces import Embeddings
+from router.interfaces import Embeddings, FloatArray
 from router.settings import DEFAULT_ENCODER
 from router.snapshot import Snapshot
 from router.statistics import PooledMoments, TaskStatistics, to_fixed_point
@@ -110,6 +110,53 @@ def test_last_layer_features_are_those_of_the_published_model(torch_encoder: Tor
     texts = TEXTS[:8]
     last = torch_encoder.encode(texts).vectors[:, -384:] * 3**0.5
     np.testing.assert_allclose(published.encode(texts).vectors, last, atol=1e-5)
+
+
+# Encoder prompts
+
+PROMPT_LENGTHS = (20, 3, 0, 20)
+
+
+def drawn_prompts(count: int) -> list[FloatArray]:
+    """Vectors about as long as embedded tokens are, `[P, 384]`, of several lengths."""
+    draw = np.random.default_rng(5)
+    sizes = [PROMPT_LENGTHS[place % len(PROMPT_LENGTHS)] for place in range(count)]
+    return [(0.6 * draw.normal(size=(size, 384))).astype(np.float32) for size in sizes]
+
+
+def test_the_backends_agree_on_texts_under_encoder_prompts(
+    encoder: OnnxMiniLM, float_encoder: OnnxMiniLM, torch_encoder: TorchMiniLM
+) -> None:
+    texts = [*sample(8), LONG_TEXT]
+    prompts = drawn_prompts(len(texts))
+    int8, single, on_torch = (
+        each.encode_prompted(texts, prompts) for each in (encoder, float_encoder, torch_encoder)
+    )
+    assert np.abs(single - on_torch).max() <= 1e-5
+    assert np.einsum("bd,bd->b", int8, single).min() >= 0.985
+    plain = float_encoder.encode(texts).vectors
+    moved = np.array([len(prompt) > 0 for prompt in prompts])
+    cosines = np.einsum("bd,bd->b", single, plain)
+    assert cosines[~moved].min() >= 0.99999
+    assert cosines[moved].max() < 0.998
+
+
+def test_a_text_under_a_prompt_does_not_depend_on_its_batch_neighbours(
+    either: OnnxMiniLM,
+) -> None:
+    texts = [*sample(6), LONG_TEXT]
+    prompts = drawn_prompts(len(texts))
+    together = either.encode_prompted(texts, prompts)
+    for text, prompt, vector in zip(texts, prompts, together, strict=True):
+        assert np.abs(either.encode_prompted([text], [prompt])[0] - vector).max() <= 1e-5
+
+
+def test_an_encoder_prompt_of_another_width_is_refused(
+    encoder: OnnxMiniLM, torch_encoder: TorchMiniLM
+) -> None:
+    for each in (encoder, torch_encoder):
+        with pytest.raises(IncompatibleModelError, match="vectors of 384 numbers"):
+            each.encode_prompted(["text"], [np.zeros((20, 383), np.float32)])
 
 
 # A vector does not depend on batch neighbours

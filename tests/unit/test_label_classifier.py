@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,14 @@ import pytest
 import trainer.register
 from router.interfaces import FloatArray
 from router.label_classifier import LabelClassifier, LabelEvidence
-from router.loading import ServedModels, SnapshotLoader, read_classifier
+from router.loading import (
+    CLASSIFIER_TENSOR,
+    ENCODER_PROMPT_TENSOR,
+    ServedModels,
+    SnapshotLoader,
+    read_classifier,
+)
+from router.routing import Router
 from router.tasks import TaskRecord
 from tests.catalogs import (
     DIMENSION,
@@ -22,7 +30,14 @@ from tests.catalogs import (
     place_background,
     prompt_values,
 )
-from tests.fakes import FakeEncoder, FakeLanguageModel, FixedLive, make_router, make_snapshot
+from tests.fakes import (
+    TASKS,
+    FakeEncoder,
+    FakeLanguageModel,
+    FixedLive,
+    make_router,
+    make_snapshot,
+)
 from tests.fakes import make_task as make_fake_task
 from trainer.commands import RegisterTask
 from trainer.label_classifier import MAX_ROWS, PROMPT_WEIGHT, fit_classifier
@@ -95,6 +110,50 @@ def test_the_prompt_and_the_embedding_decide_together() -> None:
     assert evidence.best(np.array([0.0, 0.0], np.float32)) == 1
     assert evidence.best(np.array([-1.0, -2.5], np.float32)) == 1
     assert evidence.best(np.array([-1.0, -3.5], np.float32)) == 0
+
+
+# With an encoder prompt
+
+
+class SignPrompting:
+    """Under this prompt, an embedding is what is given; which rows were tuned on is noted."""
+
+    def __init__(self, vectors: FloatArray) -> None:
+        self.vectors = vectors
+        self.tuned: list[list[int]] = []
+
+    def tune(self, rows: np.ndarray) -> FloatArray:
+        self.tuned.append(rows.tolist())
+        return np.full((2, 4), len(self.tuned), np.float32)
+
+    def embed(self, prompt: FloatArray, rows: np.ndarray) -> FloatArray:
+        assert prompt.shape == (2, 4)
+        return self.vectors[rows]
+
+
+def test_of_few_rows_the_classifier_reads_embeddings_under_a_prompt_tuned_on_all_of_them() -> None:
+    vectors, outputs = clouds(60, 3, distance=0.3)
+    prompted, _ = clouds(60, 3, seed=1, distance=1.0)
+    prompting = SignPrompting(prompted)
+    fitted = fit_classifier(vectors, outputs, LABELS, prompting)
+    assert fitted is not None
+    assert fitted.encoder_prompt is not None
+    assert prompting.tuned == [list(range(60))]
+    found = (prompted @ fitted.rows[:, :-1].T + fitted.rows[:, -1]).argmax(1)
+    assert np.mean([LABELS[n] == output for n, output in zip(found, outputs, strict=True)]) > 0.95
+
+
+@pytest.mark.parametrize(("plain", "under_prompt"), [(0.3, 1.0), (1.0, 0.3)])
+def test_of_many_rows_the_better_embedding_is_read(plain: float, under_prompt: float) -> None:
+    vectors, outputs = clouds(600, 3, distance=plain)
+    prompted, _ = clouds(600, 3, seed=1, distance=under_prompt)
+    prompting = SignPrompting(prompted)
+    fitted = fit_classifier(vectors, outputs, LABELS, prompting)
+    assert fitted is not None
+    assert (fitted.encoder_prompt is not None) == (under_prompt > plain)
+    assert fitted.accuracy > 0.9
+    [tuned] = prompting.tuned
+    assert len(tuned) == 480  # the others judge
 
 
 # In the catalog
@@ -198,6 +257,29 @@ def test_a_classifier_of_other_labels_or_dimensions_is_refused(
         read_classifier(workshop.artifacts, record, 7)
 
 
+def test_an_encoder_prompt_is_stored_with_the_classifier_and_must_be_what_the_record_says(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    record = registered(workshop, two_labels(tmp_path))
+    assert record.classifier is not None
+    assert "encoder_prompt" not in record.to_json()
+    prompt = np.arange(12, dtype=np.float32).reshape(3, 4)
+    rows = np.zeros((2, DIMENSION + 1), np.float32)
+    stored = workshop.artifacts.write_tensors(
+        {CLASSIFIER_TENSOR: rows, ENCODER_PROMPT_TENSOR: prompt}
+    )
+    about = replace(record.classifier, sha256=stored, encoder_prompt_tokens=3)
+    prompted = replace(record, classifier=about)
+    assert TaskRecord.from_json(prompted.to_json()) == prompted
+    found = read_classifier(workshop.artifacts, prompted, DIMENSION)
+    assert found is not None
+    assert found.encoder_prompt is not None
+    np.testing.assert_array_equal(found.encoder_prompt, prompt)
+    other = replace(record, classifier=replace(about, encoder_prompt_tokens=4))
+    with pytest.raises(trainer.register.PromptyardError, match="3 tokens"):
+        read_classifier(workshop.artifacts, other, DIMENSION)
+
+
 # Serving
 
 
@@ -216,3 +298,52 @@ async def test_an_answer_is_by_the_prompt_and_the_classifier(task: str) -> None:
         answers.append(answer)
     router.close()
     assert answers == ["snow", "rain"]
+
+
+class ShoutingEncoder(FakeEncoder):
+    """Reads a text in front of which the words of its prompt's first number are written."""
+
+    prompt_width = 4
+
+    def encode_prompted(self, texts: Sequence[str], prompts: Sequence[FloatArray]) -> FloatArray:
+        return self.encode(
+            [
+                f"number{prompt[0, 0]:.0f} {text}"
+                for text, prompt in zip(texts, prompts, strict=True)
+            ]
+        ).vectors
+
+
+def prompted_classifier(encoder: ShoutingEncoder, number: float, label: int) -> LabelClassifier:
+    """Answers with one label whatever is read under an encoder prompt of that number."""
+    word = encoder.encode([f"number{number:.0f}"]).vectors[0]
+    rows = np.zeros((3, len(word) + 1), np.float32)
+    rows[label, :-1] = 100 * word
+    return LabelClassifier(rows, 0.3, np.full((2, 4), number, np.float32))
+
+
+async def test_every_text_is_read_under_the_encoder_prompt_of_its_own_task() -> None:
+    encoder = ShoutingEncoder()
+    tasks = [
+        replace(
+            make_fake_task(name, TASKS[name]),
+            classifier=prompted_classifier(encoder, number, label),
+        )
+        for name, number, label in (("weather", 1.0, 2), ("sport", 2.0, 1))
+    ]
+    live = FixedLive(make_snapshot(tasks=tasks))
+    router = make_router(encoder, FakeLanguageModel(), live, prompted=encoder)
+    answers = await asyncio.gather(
+        *(answer_to(router, text) for text in ("weather sun", "sport goal", "weather rain"))
+    )
+    assert answers == ["snow", "match", "snow"]
+    # A named task's text is not embedded for routing when only its prompt's embedding is read.
+    encoder.batches.clear()
+    assert await answer_to(router, "sport team", task="sport") == "match"
+    assert encoder.batches == [["number2 sport team"]]
+    router.close()
+
+
+async def answer_to(router: Router, text: str, task: str = "") -> str:
+    [_, answer, _] = [event async for event in router.generate(text, task=task)]
+    return str(answer)

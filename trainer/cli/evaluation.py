@@ -148,6 +148,7 @@ def answers(
     """
     with errors_for_people(as_json):
         from router.bootstrap import load_base_model, load_encoder, log_to_stderr
+        from router.interfaces import prompted_encoder
         from trainer.evaluate_answers import evaluate_answers
         from trainer.evaluate_routing import decide, embed_texts, load_snapshot
         from trainer.evaluation_reports import answers_report
@@ -179,6 +180,7 @@ def answers(
                 max_output_tokens,
                 progress,
                 metric,
+                prompted_encoder(loaded),
             )
         _deliver(answers_report(evaluation, decisions, data.name), report, as_json, with_text)
 
