@@ -44,6 +44,7 @@ class _Tuning:
     seed: int | None
     seeds: int | None
     method: PromptMethod | None
+    search: bool | None
 
 
 def add_to(app: typer.Typer) -> None:
@@ -154,6 +155,16 @@ def register(
         int | None,
         typer.Option(help="Tune with so many seeds, and keep the best on the validation rows."),
     ] = None,
+    search: Annotated[
+        bool | None,
+        typer.Option(
+            "--search/--no-search",
+            help="Try 8 configurations of learning rate, length, initialisation and steps (those "
+            "that no flag and no manifest names), stop the worse ones early, and keep the best on "
+            "the validation rows. Takes 3 to 6 times as long.",
+            show_default=False,
+        ),
+    ] = None,
     checkpoint_seconds: Annotated[
         float,
         typer.Option(
@@ -237,7 +248,7 @@ def register(
             requests,
             PolicyChange(head=head, false_reject_rate=false_reject_rate),
             in_manifest,
-            _Tuning(steps, length, learning_rate, initialisation, seed, seeds, method),
+            _Tuning(steps, length, learning_rate, initialisation, seed, seeds, method, search),
             gate_limit,
             checkpoint_seconds,
         )
@@ -270,11 +281,15 @@ def _register(
     from router.bootstrap import load_base_model, load_encoder
     from trainer.gate import DEFAULT_GATE_LIMIT
     from trainer.register import register as register_tasks
-    from trainer.tuning_options import tuning_settings
+    from trainer.search import configurations
     from trainer.workshop import Workshop
 
     flags = {key: value for key, value in asdict(tuning).items() if value is not None}
-    settings = tuning_settings({**in_manifest, **flags})
+    given = {**in_manifest, **flags}
+    if search := given.pop("search", None):
+        # True is the small search; what a manifest lists goes before it.
+        search = in_manifest.get("search") or search
+    settings, *others = configurations(given, search)
     wants_prompts = any(request.with_prompt for request in requests)
     with Workshop(folder, load_encoder(encoder)) as workshop:
         model = load_base_model(base_model) if wants_prompts else None
@@ -288,4 +303,5 @@ def _register(
                 progress,
                 DEFAULT_GATE_LIMIT if gate_limit is None else gate_limit,
                 checkpoint_seconds,
+                others,
             )
