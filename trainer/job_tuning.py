@@ -43,6 +43,11 @@ class JobTuning:
                     job.name, f"{error.field}: {error.value}", error.remedy
                 )
 
+        if len(self._settings) > 1:
+            begun = [n for n in range(len(self._settings)) if n not in self._failures]
+            for number, task in zip(begun, self.tried, strict=True):
+                task.run = f"{job.name}.{number + 1}"  # its row in what `inspect` shows
+
     def stop_worse(self) -> int:
         """Stop the configurations that do worse than others at the same point; how many it were."""
         if not self._is_search or not self.tried:

@@ -42,6 +42,7 @@ from trainer.prompt_import import import_prompt
 from trainer.prompt_quality import LabelledRow, Quality
 from trainer.tuned_prompt import TunedPrompt, TuningFailure, training_curve
 from trainer.tuning import tune
+from trainer.tuning_log import TuningLog
 from trainer.tuning_settings import TuningJob, TuningSettings
 from trainer.workshop import Published, Workshop
 
@@ -64,6 +65,7 @@ def register(
     gate_limit: float = DEFAULT_GATE_LIMIT,
     checkpoint_seconds: float = DEFAULT_SECONDS,
     others: Sequence[TuningSettings] = (),
+    log: TuningLog | None = None,
 ) -> Registered:
     """Register tasks and publish those that succeed, all of them in one catalog revision.
 
@@ -71,7 +73,7 @@ def register(
     nobody, and passes the gate as if it did. `base_model` may be None where no request wants a
     prompt. A task that takes more than `gate_limit` of the held-out rows of an old one is refused,
     unless it is forced. `others` are further settings to try (`trainer.search`): of each task, the
-    best on its validation rows are kept.
+    best on its validation rows are kept. `log` gets the figures of tuning.
 
     The state of tuning is kept in the home every `checkpoint_seconds`: the same call after a kill
     goes on from there, and comes to the same prompts.
@@ -86,7 +88,7 @@ def register(
     prepared = list(_each(requests, lambda request: prepare(workshop.catalog, request), failures))
     checkpoints = Checkpoints(workshop.home / CHECKPOINTS_FOLDER, checkpoint_seconds)
     prompts = _tune(
-        workshop, prepared, base_model, (settings, *others), failures, progress, checkpoints
+        workshop, prepared, base_model, (settings, *others), failures, progress, checkpoints, log
     )
     records = []
     for task in prepared:
@@ -212,6 +214,7 @@ def _tune(
     failures: dict[str, PromptyardError],
     progress: Progress,
     checkpoints: Checkpoints,
+    log: TuningLog | None,
 ) -> dict[str, TunedPrompt]:
     wanted = [
         task for task in prepared if task.request.with_prompt and task.request.name not in failures
@@ -234,7 +237,7 @@ def _tune(
     if not jobs:
         return prompts
     settings, *others = configurations
-    results = tune(base_model, jobs, settings, progress, checkpoints, others)
+    results = tune(base_model, jobs, settings, progress, checkpoints, others, log)
     for name, result in results.items():
         if isinstance(result, TuningFailure):
             failures[name] = RefusedError(f"prompt of {name}", result.reason, result.remedy)

@@ -25,7 +25,7 @@ from trainer.prompt_quality import (
     measure_baselines,
     output_probabilities,
 )
-from trainer.schedule import passes, validation_steps
+from trainer.schedule import passes, share_of_rate, validation_steps
 from trainer.tuned_prompt import TunedPrompt, TuningFailure, Validation
 from trainer.tuning_settings import TuningJob, TuningSettings
 
@@ -38,7 +38,8 @@ WORST = Quality(-math.inf, -math.inf)
 class TaskTuning:
     """The state of one task while it is tuned.
 
-    `refit_steps`: go on for so many steps without looking at the validation rows.
+    `refit_steps`: go on for so many steps without looking at the validation rows. `run` is what to
+    call it in a log.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class TaskTuning:
                     f"{field} rows of {job.name}", min(strangers), "use one of the labels"
                 )
         self.job = job
+        self.run = job.name
         self.settings = settings
         self._method = settings.method
         self._layers = model.prefix_shape.layers if settings.method == "prefix" else 0
@@ -155,7 +157,9 @@ class TaskTuning:
             train=(*job.train, *job.validation),
             rejected=(*job.rejected, *job.validation_rejected),
         )
-        return TaskTuning(model, everything, settings, self.baselines, best.step)
+        again = TaskTuning(model, everything, settings, self.baselines, best.step)
+        again.run = f"{self.run}.refit"
+        return again
 
     def trial(self) -> Trial:
         """The prompt as it is now, on the validation rows."""
@@ -186,13 +190,18 @@ class TaskTuning:
             others = self._random.sample(others, _MAX_OTHER_LABELS)
         return [self._output_ids[label] for label in (right, *others)]
 
-    def stepped(self, loss: float) -> None:
-        """Take the mean training loss of a step."""
+    def stepped(self, loss: float) -> Mapping[str, float]:
+        """Take the mean training loss of a step; the figures of that step, for a log."""
+        told = self.settings
+        rate = told.learning_rate * share_of_rate(
+            len(self._losses), told.steps, told.warmup_steps, told.schedule
+        )
         self._losses.append(loss)
         self._failed = not math.isfinite(loss)
+        return {"loss/training": loss, "learning_rate": rate}
 
-    def validated(self, quality: Quality) -> None:
-        """Keep the prompt as it is now if it is the best so far."""
+    def validated(self, quality: Quality) -> Mapping[str, float]:
+        """Keep the prompt as it is now if it is the best so far; the figures, for a log."""
         self._validations.append(Validation(len(self._losses), quality.score, -quality.minus_loss))
         better = self._best is None or quality.clearly_exceeds(self._best[0])
         if better and math.isfinite(quality.minus_loss):
@@ -200,6 +209,10 @@ class TaskTuning:
             self._stale = 0
         else:
             self._stale += 1
+        return {
+            "loss/validation": -quality.minus_loss,
+            f"{self.job.metric}/validation": quality.score,
+        }
 
     def values(self) -> dict[str, Any]:
         """What has changed since it was made, apart from tensors: see `restore`."""

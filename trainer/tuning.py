@@ -26,6 +26,7 @@ from trainer.prompt_quality import measure
 from trainer.schedule import share_of_rate
 from trainer.task_tuning import TaskTuning
 from trainer.tuned_prompt import TunedPrompt, TuningFailure
+from trainer.tuning_log import TuningLog
 from trainer.tuning_settings import TuningJob, TuningSettings, check_tuning
 
 # progress(task or "", stage, done, total)
@@ -42,12 +43,13 @@ def tune(
     progress: Progress = lambda *_: None,
     checkpoints: Checkpoints | None = None,
     others: Sequence[TuningSettings] = (),
+    log: TuningLog | None = None,
 ) -> dict[str, TunedPrompt | TuningFailure]:
     """Tune a soft prompt for every job, all of them together; the results are by job name.
 
     With `others`, each job is tuned with `settings` and with each of them, which differ in what
     `trainer.search` may search; the worse ones are stopped early, and the best prompt on the
-    validation rows is kept.
+    validation rows is kept. `log` gets the figures of every step and validation.
 
     Deterministic for a seed on the same kind of processor, also where it goes on from a checkpoint.
 
@@ -59,7 +61,7 @@ def tune(
     configurations = (settings, *others)
     for each in configurations:
         check_tuning(jobs, each)
-    results = tune_each(model, [(job, configurations) for job in jobs], progress, checkpoints)
+    results = tune_each(model, [(job, configurations) for job in jobs], progress, checkpoints, log)
     return {job.name: result for job, result in zip(jobs, results, strict=True)}
 
 
@@ -68,6 +70,7 @@ def tune_each(
     wanted: Sequence[tuple[TuningJob, Sequence[TuningSettings]]],
     progress: Progress = lambda *_: None,
     checkpoints: Checkpoints | None = None,
+    log: TuningLog | None = None,
 ) -> list[TunedPrompt | TuningFailure]:
     """As `tune`, for jobs with settings of their own; the results are in the order of the jobs.
 
@@ -87,11 +90,11 @@ def tune_each(
     tunings = [JobTuning(model, job, settings) for job, settings in wanted]
     tasks = [task for tuning in tunings for task in tuning.tried]
     if tasks:
-        _descend(model, tasks, progress, checkpoints, tunings)
+        _descend(model, tasks, progress, checkpoints, tunings, log)
     refitted = [tuning.refitted(model) for tuning in tunings]
     again = [task for task in refitted if task is not None]
     if again:
-        _descend(model, again, progress, stage="refit")
+        _descend(model, again, progress, log=log, stage="refit")
     share = (time.perf_counter() - began) / max(1, sum(bool(tuning.tried) for tuning in tunings))
     return [
         tuning.result(model, share, last) for tuning, last in zip(tunings, refitted, strict=True)
@@ -104,6 +107,7 @@ def _descend(
     progress: Progress,
     checkpoints: Checkpoints | None = None,
     tunings: Sequence[JobTuning] = (),
+    log: TuningLog | None = None,
     stage: str = "tune",
 ) -> None:
     """AdamW over the prompts of all tasks, until each has stopped or was stopped by its tuning."""
@@ -122,10 +126,13 @@ def _descend(
     first = 0
     if checkpoints is not None:
         first = resume(checkpoints, _identity(model, tasks), tasks, optimizer)
+    if log is not None:
+        for task in tasks:
+            log.begin(task.run, first + 1 if first else 0, asdict(task.settings))
     if first:
         progress("", f"going on after step {first}, where it was cut short", 1, 1)
     else:
-        _validate(model, tasks)
+        _validate(model, tasks, log)
     for step in range(first, steps):
         _stop_worse(tunings, progress)
         running = [task for task in tasks if task.is_running]
@@ -136,13 +143,13 @@ def _descend(
         ):
             group["lr"] = rate * share_of_rate(step, of_all, warmup, kind)
         optimizer.zero_grad()  # the prompt of a task that has stopped gets no gradient: it rests
-        _add_gradients(micro_batches, running)
+        _add_gradients(micro_batches, running, log)
         for task in running:
             task.parameters.take_gradient(task.settings.clip_norm)
         optimizer.step()
         for task in running:
             task.parameters.follow()
-        _validate(model, [task for task in running if task.is_due])
+        _validate(model, [task for task in running if task.is_due], log)
         if checkpoints is not None and checkpoints.is_due:
             checkpoints.write(state_of(tasks, optimizer, step + 1))
         progress("", stage, step + 1, steps)
@@ -170,16 +177,24 @@ def _identity(model: TorchLanguageModel, tasks: Sequence[TaskTuning]) -> dict[st
     }
 
 
-def _add_gradients(batches: MicroBatches, tasks: Sequence[TaskTuning]) -> None:
+def _add_gradients(
+    batches: MicroBatches, tasks: Sequence[TaskTuning], log: TuningLog | None
+) -> None:
     """Add the gradient of each task's mean loss to its prompt."""
     rows = [task.next_rows() for task in tasks]
     losses = iter(batches.add([row for of_task in rows for row in of_task]))
     for task, of_task in zip(tasks, rows, strict=True):
-        task.stepped(sum(next(losses) * row.weight for row in of_task))
+        figures = task.stepped(sum(next(losses) * row.weight for row in of_task))
+        if log is not None:
+            log.write(task.run, task.steps, figures)
 
 
-def _validate(model: TorchLanguageModel, tasks: Sequence[TaskTuning]) -> None:
+def _validate(
+    model: TorchLanguageModel, tasks: Sequence[TaskTuning], log: TuningLog | None
+) -> None:
     tasks = [task for task in tasks if task.is_validated]
     qualities = measure(model, [task.trial() for task in tasks]) if tasks else []
     for task, quality in zip(tasks, qualities, strict=True):
-        task.validated(quality)
+        figures = task.validated(quality)
+        if log is not None:
+            log.write(task.run, task.steps, figures)

@@ -29,6 +29,7 @@ from trainer.commands import Initialisation
 if TYPE_CHECKING:
     from trainer.admission import Registered
     from trainer.commands import PolicyChange, RegisterTask
+    from trainer.tuning_log import TuningLog
 
 TaskName = Annotated[str, typer.Argument(metavar="NAME", help="The task's name.")]
 
@@ -165,6 +166,21 @@ def register(
             show_default=False,
         ),
     ] = None,
+    log_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Write event files for TensorBoard here: losses, scores and learning rates of "
+            "each task (needs the extra `tensorboard`).",
+        ),
+    ] = None,
+    mlflow: Annotated[
+        str,
+        typer.Option(
+            metavar="URI",
+            help="Send the same figures to an MLflow tracking server (needs the extra `mlflow`).",
+        ),
+    ] = "",
     checkpoint_seconds: Annotated[
         float,
         typer.Option(
@@ -251,6 +267,8 @@ def register(
             _Tuning(steps, length, learning_rate, initialisation, seed, seeds, method, search),
             gate_limit,
             checkpoint_seconds,
+            log_dir,
+            mlflow,
         )
         if as_json:
             print_json(registered_document(result))
@@ -269,6 +287,8 @@ def _register(
     tuning: _Tuning,
     gate_limit: float | None,
     checkpoint_seconds: float,
+    log_dir: Path | None,
+    mlflow: str,
 ) -> Registered:
     from trainer.admission import Registered, check_writable, refused_at_once
 
@@ -282,6 +302,7 @@ def _register(
     from trainer.gate import DEFAULT_GATE_LIMIT
     from trainer.register import register as register_tasks
     from trainer.search import configurations
+    from trainer.tuning_log import MLflow, TensorBoard, TuningLogs
     from trainer.workshop import Workshop
 
     flags = {key: value for key, value in asdict(tuning).items() if value is not None}
@@ -290,10 +311,15 @@ def _register(
         # True is the small search; what a manifest lists goes before it.
         search = in_manifest.get("search") or search
     settings, *others = configurations(given, search)
+    logs: list[TuningLog] = [TensorBoard(log_dir)] if log_dir is not None else []
+    logs += [MLflow(mlflow)] if mlflow else []
     wants_prompts = any(request.with_prompt for request in requests)
     with Workshop(folder, load_encoder(encoder)) as workshop:
         model = load_base_model(base_model) if wants_prompts else None
-        with progress_bars() as progress:
+        with (
+            progress_bars() as progress,
+            TuningLogs(logs, lambda said: progress("", said, 1, 1)) as log,
+        ):
             return register_tasks(
                 workshop,
                 requests,
@@ -304,4 +330,5 @@ def _register(
                 DEFAULT_GATE_LIMIT if gate_limit is None else gate_limit,
                 checkpoint_seconds,
                 others,
+                log,
             )
