@@ -2,7 +2,7 @@
 
     PROMPTYARD_BENCH_DATA=/path/to/data make bench-prompts
     python tests/benchmarks/bench_prompts.py --parts tuning-speed serving-speed --out speed.json
-    python tests/benchmarks/bench_prompts.py --merge speed.json other.json
+    python tests/benchmarks/bench_prompts.py --merge docs/benchmarks/prompts.json speed.json
 
 Each part can be run alone, in several processes (by `--tasks`, `--methods` or `--first-seed`), and
 writes its file after every figure; `--merge` makes `docs/benchmarks/prompts.md` and `.json` of the
@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from bench_base_model import (
@@ -65,6 +66,21 @@ PARTS: Mapping[str, Part] = {
 }
 
 
+def steps_by_part(words: Sequence[str]) -> dict[str, int]:
+    """The steps of each part that `words` name: `80` for all of them, `costs=20` for one.
+
+    Raises:
+        ValueError: no such part, or no number.
+    """
+    found: dict[str, int] = {}
+    for word in sorted(words, key=lambda word: "=" in word):
+        part, equals, steps = word.rpartition("=")
+        if equals and part not in PARTS:
+            raise ValueError(part)
+        found |= dict.fromkeys([part] if equals else PARTS, int(steps))
+    return found
+
+
 def main() -> int:
     """Measure and write, or put files together. Returns the exit status."""
     options = parse_arguments()
@@ -88,7 +104,7 @@ def run(name: str, path: Path, options: argparse.Namespace) -> Iterator[dict[str
     part = PARTS[name]
     given = {"tasks": options.tasks or list(part.tasks), "rows": options.rows or part.rows}
     chosen = argparse.Namespace(**{**vars(options), **given})
-    bench = Bench(chosen, read_tasks(path, chosen), options.steps or part.steps)
+    bench = Bench(chosen, read_tasks(path, chosen), options.steps.get(name, part.steps))
     records: list[Record] = []
     state: dict[str, object] = {
         "part": name,
@@ -141,10 +157,20 @@ def environment(options: argparse.Namespace) -> dict[str, object]:
 
 
 def merge(files: Sequence[Path], folder: Path) -> int:
-    """Write the page and the figures of all measurements in `files`."""
+    """Write the page and the figures of all measurements in `files`.
+
+    What was cut short makes way for what was not, of the same part on the same device with all of
+    its methods.
+    """
     measurements = []
     for file in files:
         measurements += json.loads(file.read_text(encoding="utf-8"))
+    whole = [each for each in measurements if each["complete"]]
+    measurements = [
+        each
+        for each in measurements
+        if each["complete"] or not any(_covers(other, each) for other in whole)
+    ]
     for each in measurements:
         each["command"] = re.sub(r" --out \S+", "", each["command"])
     measurements.sort(key=lambda each: list(PARTS).index(each["part"]))  # stable: in given order
@@ -152,6 +178,14 @@ def merge(files: Sequence[Path], folder: Path) -> int:
     (folder / "prompts.md").write_text(page(measurements, list(PARTS)), encoding="utf-8")
     print(f"{folder / 'prompts.md'}, {folder / 'prompts.json'}")
     return 0
+
+
+def _covers(whole: Mapping[str, Any], short: Mapping[str, Any]) -> bool:
+    return (
+        whole["part"] == short["part"]
+        and whole["environment"]["device"] == short["environment"]["device"]
+        and set(whole["settings"]["methods"]) >= set(short["settings"]["methods"])
+    )
 
 
 def write_json(path: Path, measurements: Sequence[Mapping[str, object]]) -> None:
@@ -190,7 +224,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--dev-rows", type=int, default=200, help="dev rows a task at most")
     add("--test-rows", type=int, default=500, help="test rows a task at most")
     add("--length", type=int, default=20, help="virtual tokens")
-    add("--steps", type=int, default=None, help="steps of training (what suits the part)")
+    add(
+        "--steps",
+        nargs="+",
+        default=[],
+        metavar="N|PART=N",
+        help="steps of training, of all parts or of one (what suits the part)",
+    )
     add("--rows-per-step", type=int, default=16, help="rows a task and step")
     add("--validations", type=int, default=4, help="how often dev rows are tried")
     add("--rates", type=int, default=2, choices=(1, 2, 3), help="learning rates tried a method")
@@ -201,7 +241,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--repeats", type=int, default=3, help="of every time")
     add("--serving-rows", type=int, default=64, help="rows served in one batch")
     add("--new-tokens", type=int, default=8, help="of an answer at most")
-    return parser.parse_args()
+    options = parser.parse_args()
+    try:
+        options.steps = steps_by_part(options.steps)
+    except ValueError as error:
+        parser.error(f"--steps: {error}; write 80, or costs=20 for one of {', '.join(PARTS)}")
+    return options
 
 
 if __name__ == "__main__":

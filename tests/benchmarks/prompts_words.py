@@ -62,8 +62,9 @@ WORDS: Mapping[str, tuple[str, str]] = {
     "forgetting": (
         "Forgetting",
         """The tasks in the order of the file, one after the other. Full fine-tuning, LoRA and
-        adapters go on in the same weights, from the best of a task by its dev rows; each task has
-        a prompt (and a prefix) of its own, which is measured at the end all the same. BWT is the
+        adapters go on in the same weights, from the best of a task by its dev rows. Prompts and
+        prefixes share no weights: they are tuned together, with the same steps and rows a task, and
+        measured alone (then) and in batches with all others (at the end). BWT is the
         mean change of the test accuracy of all tasks but the last, from right after they were
         learned to the end.""",
     ),
