@@ -39,6 +39,7 @@ from prompts_comparison import comparison, costs, forgetting
 from prompts_page import page
 from prompts_plan import RATES, Bench, Record
 from prompts_speed import serving_speed, tuning_speed
+from prompts_stream import stream
 
 from router.backends.language_model import fingerprint
 
@@ -62,6 +63,7 @@ PARTS: Mapping[str, Part] = {
     "comparison": Part(comparison, 300, ("MNLI", "IMDB", "SST-2", "agnews")),
     "forgetting": Part(forgetting, 150),
     "accuracy": Part(accuracy, 400),
+    "stream": Part(stream, 150, rows=500),
     "data-size": Part(data_size, 150, ("MNLI", "QQP", "IMDB", "SST-2", "dbpedia", "agnews")),
 }
 
@@ -103,7 +105,7 @@ def run(name: str, path: Path, options: argparse.Namespace) -> Iterator[dict[str
     began = time.perf_counter()
     part = PARTS[name]
     given = {"tasks": options.tasks or list(part.tasks), "rows": options.rows or part.rows}
-    chosen = argparse.Namespace(**{**vars(options), **given})
+    chosen = argparse.Namespace(**{**vars(options), **given, "data": path})
     bench = Bench(chosen, read_tasks(path, chosen), options.steps.get(name, part.steps))
     records: list[Record] = []
     state: dict[str, object] = {

@@ -109,6 +109,9 @@ def _sizes(run: Mapping[str, Any]) -> str:
     steps = f"{told['steps']} steps of {told['rows_per_step']} rows a task"
     if run["part"] in ("tuning-speed", "costs"):
         return f"{tasks}, {steps}, {told['repeats']} repeats"
+    if run["part"] == "stream":
+        rows = f"{told['rows']} train, {told['dev_rows']} dev and {told['test_rows']} test rows"
+        return f"{tasks}, at most {rows} each, {steps}, learning rate {told['rate']}"
     tried = f"the best of {told['rates']} learning rates with {told['validations']} checks each"
     rows = f"at most {told['dev_rows']} dev and {told['test_rows']} test rows"
     precision = "bfloat16 (autocast)" if told["bf16"] else "float32"
@@ -254,6 +257,30 @@ def forgetting(records: Records) -> Table:
     return table
 
 
+def stream(records: Records) -> Table:
+    """A row for each order, and what the orders come to."""
+    table = [
+        [
+            *("order", "right task given", "routed", "points under", "BWT, right task given"),
+            *("BWT, routed", "inputs routed right", "prompt alone, right task given"),
+        ]
+    ]
+    for record in records:
+        table.append(
+            [
+                str(record["order"]),
+                f"{record['oracle']:.3f}",
+                f"{record['routed']:.3f}",
+                f"{100 * record['routing_loss']:.2f}",
+                f"{100 * record['oracle_transfer']:+.2f}",
+                f"{100 * record['routed_transfer']:+.2f}",
+                f"{100 * record['routing_accuracy']:.1f} %",
+                f"{record['prompt_alone']:.3f}",
+            ]
+        )
+    return table
+
+
 def data_size(records: Records) -> Table:
     """Mean accuracy over the tasks by rows and start, and how soon the loss is as low."""
     table = [["train rows", "start", "accuracy (over seeds)", "steps to the same loss", "reached"]]
@@ -280,5 +307,6 @@ TABLES: Mapping[str, Callable[[Records], Table]] = {
     "comparison": accuracy,
     "forgetting": forgetting,
     "accuracy": accuracy,
+    "stream": stream,
     "data-size": data_size,
 }

@@ -74,6 +74,16 @@ WORDS: Mapping[str, tuple[str, str]] = {
         fine-tuned model a task: the same steps, rows, number of rates, and checks on dev rows.
         Means over the seeds, with the least and the most.""",
     ),
+    "stream": (
+        "A stream of tasks, none of which is named",
+        """The tasks arrive one after the other, in the orders that continual learning is measured
+        in (`cl15_orders.json`), and are registered as a user would: prompt, label classifier,
+        routing, and a split of train and dev rows of its own. Then every test row is routed and answered under the task that it was routed to, beside the
+        answers under its own task. Means over the tasks. BWT, in points, is the mean change of a
+        task's answers since right after it arrived, of all tasks but the last. Asked for are at
+        most 1.0 points under the right task's, a BWT of 0 with the right task given, and of at
+        least -1.0 routed.""",
+    ),
     "data-size": (
         "How much data, and which start",
         """Prompts tuned on a few rows, with as many dev rows as train rows (all: as many as there
