@@ -42,7 +42,6 @@ class JobTuning:
                 self._failures[number] = TuningFailure(
                     job.name, f"{error.field}: {error.value}", error.remedy
                 )
-
         if len(self._settings) > 1:
             begun = [n for n in range(len(self._settings)) if n not in self._failures]
             for number, task in zip(begun, self.tried, strict=True):

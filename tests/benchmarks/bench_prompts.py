@@ -38,6 +38,7 @@ from prompts_accuracy import accuracy, data_size
 from prompts_comparison import comparison, costs, forgetting
 from prompts_page import page
 from prompts_plan import RATES, Bench, Record
+from prompts_sets import context, safety
 from prompts_speed import serving_speed, tuning_speed
 from prompts_stream import stream
 
@@ -48,12 +49,16 @@ REPORTS = Path(__file__).parents[2] / "docs" / "benchmarks"
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What measures it, and how much of everything it takes where nothing else is said."""
+    """What measures it, and how much of everything it takes where nothing else is said.
+
+    `of_cl15`: it is about the 15 tasks, and needs their file.
+    """
 
     measure: Callable[[Bench], Iterator[Record]]
     steps: int
     tasks: tuple[str, ...] = ()
     rows: int | None = None
+    of_cl15: bool = True
 
 
 PARTS: Mapping[str, Part] = {
@@ -65,6 +70,8 @@ PARTS: Mapping[str, Part] = {
     "accuracy": Part(accuracy, 400),
     "stream": Part(stream, 150, rows=500),
     "data-size": Part(data_size, 150, ("MNLI", "QQP", "IMDB", "SST-2", "dbpedia", "agnews")),
+    "context": Part(context, 300, of_cl15=False),
+    "safety": Part(safety, 150, of_cl15=False),
 }
 
 
@@ -88,8 +95,8 @@ def main() -> int:
     options = parse_arguments()
     if options.merge:
         return merge(options.merge, options.reports)
-    path = find_data()
-    if path is None:
+    path = find_data() if any(PARTS[name].of_cl15 for name in options.parts) else None
+    if path is None and any(PARTS[name].of_cl15 for name in options.parts):
         return 2
     torch.set_float32_matmul_precision("high")
     done: list[dict[str, object]] = []
@@ -100,13 +107,14 @@ def main() -> int:
     return 0
 
 
-def run(name: str, path: Path, options: argparse.Namespace) -> Iterator[dict[str, object]]:
+def run(name: str, path: Path | None, options: argparse.Namespace) -> Iterator[dict[str, object]]:
     """Measure a part; what is known of it after each figure."""
     began = time.perf_counter()
     part = PARTS[name]
     given = {"tasks": options.tasks or list(part.tasks), "rows": options.rows or part.rows}
     chosen = argparse.Namespace(**{**vars(options), **given, "data": path})
-    bench = Bench(chosen, read_tasks(path, chosen), options.steps.get(name, part.steps))
+    tasks = read_tasks(path, chosen) if path is not None and part.of_cl15 else []
+    bench = Bench(chosen, tasks, options.steps.get(name, part.steps))
     records: list[Record] = []
     state: dict[str, object] = {
         "part": name,

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from prompts_words import METHODS, WORDS
 
+from trainer.metrics import wilson_interval
+
 Records = Sequence[Mapping[str, Any]]
 Table = list[list[str]]
 _WIDTH = 100
@@ -102,6 +104,10 @@ def _setting(run: Mapping[str, Any]) -> str:
 
 def _sizes(run: Mapping[str, Any]) -> str:
     told = run["settings"]
+    if run["part"] in ("context", "safety"):
+        return (
+            f"{told['steps']} steps of {told['rows_per_step']} rows, learning rate {told['rate']}"
+        )
     tasks = "one task" if len(told["tasks"]) == 1 else f"{len(told['tasks'])} tasks"
     if run["part"] == "serving-speed":
         rows = f"{told['serving_rows']} rows of {tasks}"
@@ -300,6 +306,54 @@ def data_size(records: Records) -> Table:
     return table
 
 
+def context(records: Records) -> Table:
+    """A row for each way to tune and to ask."""
+    table = [["tuned", "asked", "exact match (over seeds)", "95 % interval", "seeds"]]
+    for (tuned, asked), rows in _by(records, "tuned_with", "asked_with").items():
+        shares = [row["test"] for row in rows]
+        mean = statistics.fmean(shares)
+        # Seeds answer the same rows: they make the mean no surer than one of them is.
+        interval = wilson_interval(mean * rows[0]["rows"], rows[0]["rows"])
+        table.append(
+            [
+                "with the passage" if tuned else "without it",
+                "with the passage" if asked else "without it",
+                Spread.of(shares, statistics.fmean).text(".3f"),
+                f"{interval.low:.3f} to {interval.high:.3f}",
+                str(len(rows)),
+            ]
+        )
+    return table
+
+
+SAFETY_SIDES = {
+    "habit": "before: half of the replies are rejected ones",
+    "desired": "after, on desired replies alone",
+    "rejected": "after, and told of the rejected ones",
+}
+
+
+def safety(records: Records) -> Table:
+    """A row for each prompt, with what became of the probabilities that it started from."""
+    table = [
+        [
+            *("prompt", "p(rejected), mean", "of before", "p(desired), mean", "of before"),
+            *("desired replies", "seeds"),
+        ]
+    ]
+    sides = _by(records, "side")
+    before = {row["seed"]: row for row in sides.get(("habit",), ())}
+    for (side,), rows in sides.items():
+        cells = [SAFETY_SIDES[side]]
+        for kind in ("rejected", "desired"):
+            ratios = [row[kind] / before[row["seed"]][kind] for row in rows]
+            cells.append(Spread.of([row[kind] for row in rows], statistics.fmean).text(".3g"))
+            cells.append(Spread.of(ratios, statistics.fmean).text(".3g"))
+        right = Spread.of([row["right"] for row in rows], statistics.fmean).text(".3f")
+        table.append([*cells, right, str(len(rows))])
+    return table
+
+
 TABLES: Mapping[str, Callable[[Records], Table]] = {
     "tuning-speed": tuning_speed,
     "serving-speed": serving_speed,
@@ -309,4 +363,6 @@ TABLES: Mapping[str, Callable[[Records], Table]] = {
     "accuracy": accuracy,
     "stream": stream,
     "data-size": data_size,
+    "context": context,
+    "safety": safety,
 }
