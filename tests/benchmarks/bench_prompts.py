@@ -118,7 +118,7 @@ def run(name: str, path: Path | None, options: argparse.Namespace) -> Iterator[d
     records: list[Record] = []
     state: dict[str, object] = {
         "part": name,
-        "command": f"{DATA_VARIABLE}=DATA {shlex.join(['python', *sys.argv])}",
+        "command": f"{f'{DATA_VARIABLE}=DATA ' if path else ''}{shlex.join(['python', *sys.argv])}",
         "complete": False,
         "base_model": base_model(options.model),
         "environment": environment(options),
