@@ -52,6 +52,23 @@ class TrainingCurve:
 
 
 @dataclass(frozen=True, slots=True)
+class TriedSettings:
+    """A configuration that a search of tuning settings tried.
+
+    `settings` are those in which the configurations differ; `steps` is how many it made before it
+    was stopped or at its end. `score`, by the task's metric, and `loss` are its best ones on the
+    validation rows, None where `problem` says why there are none. `chosen` is the one that is kept.
+    """
+
+    settings: Mapping[str, float | int | str]
+    steps: int = 0
+    score: float | None = None
+    loss: float | None = None
+    chosen: bool = False
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class PromptSummary:
     """The soft prompt of a task: its file, and what it was tuned on.
 
@@ -60,7 +77,8 @@ class PromptSummary:
     keys, and `layers` counts the layers. `versions` are those of the software that tuned it.
     `probabilities` are the mean ones of desired and rejected outputs on the validation rows that
     have rejected ones: `desired_before` tuning, under the prompt that it started from,
-    `desired_after`, `rejected_before`, `rejected_after`.
+    `desired_after`, `rejected_before`, `rejected_after`. `search` are the settings that a search
+    tried; empty where there was none.
     """
 
     sha256: str
@@ -78,6 +96,7 @@ class PromptSummary:
     curve: TrainingCurve | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     probabilities: Mapping[str, float] = field(default_factory=dict)
+    search: tuple[TriedSettings, ...] = ()
 
     @property
     def width(self) -> int:
@@ -107,6 +126,7 @@ _LATER_FIELDS: Mapping[str, object] = {
     "curve": None,
     "versions": {},
     "probabilities": {},
+    "search": (),
 }
 
 
@@ -195,7 +215,8 @@ def _prompt_summary(raw: dict[str, Any]) -> PromptSummary:
             steps_per_loss=curve["steps_per_loss"],
             **{key: tuple(values) for key, values in lists.items()},
         )
-    return PromptSummary(**raw, curve=curve)
+    search = tuple(TriedSettings(**tried) for tried in raw.pop("search", ()))
+    return PromptSummary(**raw, curve=curve, search=search)
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,7 @@ NAMES_TORCH_MODEL = (
     "trainer/example_prompt.py",
     "trainer/gradients.py",
     "trainer/inspection.py",
+    "trainer/job_tuning.py",
     "trainer/peft_exchange.py",
     "trainer/prompt_import.py",
     "trainer/prompt_parameters.py",

@@ -19,14 +19,19 @@ import numpy as np
 
 from router.errors import InvalidInputError
 from router.head import Head, digest
-from router.interfaces import Encoder, FloatArray, LanguageModel, prompted_encoder
+from router.interfaces import Embeddings, Encoder, FloatArray, LanguageModel, prompted_encoder
 from router.snapshot import Snapshot
 from router.statistics import ExactArray
 from router.threads import one_blas_thread
 from trainer import metrics
 from trainer.commands import PolicyChange, RegisterTask
 from trainer.data import Fields
-from trainer.evaluate_answers import DEFAULT_OUTPUT_TOKENS, AnswerEvaluation, evaluate_answers
+from trainer.evaluate_answers import (
+    DEFAULT_OUTPUT_TOKENS,
+    AnswerEvaluation,
+    AnswerFigures,
+    evaluate_answers,
+)
 from trainer.evaluate_routing import (
     RejectFigures,
     RoutedText,
@@ -114,6 +119,21 @@ class Registration:
 
 
 @dataclass(frozen=True, slots=True)
+class AnswersOverTime:
+    """What the answers to a task's test rows were worth right after it arrived, by task.
+
+    The transfers are the mean change from then to the end, over all tasks but the last, as BWT is
+    of routing: of the answers that were routed, and of those under the oracle's task. The second is
+    0 where what serves a task stays as it is; it is measured all the same, with what was served
+    then.
+    """
+
+    on_arrival: Mapping[str, AnswerFigures]
+    routed_transfer: float
+    oracle_transfer: float
+
+
+@dataclass(frozen=True, slots=True)
 class StreamEvaluation:
     """What `evaluate_stream` found.
 
@@ -122,8 +142,8 @@ class StreamEvaluation:
     `[T]` is over the test rows of all tasks that had arrived. `unknown_before_arrival` `[T]` is the
     share of each task's test rows that are called unknown just before it arrives: 1 is right, as
     they belong to no task yet. It is NaN for the first, and without test rows. `routing`, `reject`
-    and `decisions` are those of the end, as is `head_sha256`; `answers` is None for a stream
-    without prompts. `places` are the tasks on a map.
+    and `decisions` are those of the end, as is `head_sha256`; `answers` and `answers_over_time` are
+    None for a stream without prompts. `places` are the tasks on a map.
     """
 
     stream: Stream
@@ -137,6 +157,7 @@ class StreamEvaluation:
     unknown_before_arrival: tuple[float, ...]
     registrations: tuple[Registration, ...]
     answers: AnswerEvaluation | None
+    answers_over_time: AnswersOverTime | None
     places: TaskMap
     decisions: tuple[RoutedText, ...]
     head_sha256: str
@@ -203,6 +224,7 @@ def evaluate_stream(
     embeddings = embed_texts(encoder, [row.text for row in stream.test], progress)
     registrations: list[Registration] = []
     scoring: list[Future[_Scored]] = []
+    on_arrival: dict[str, AnswerFigures] = {}
     # An arrival is scored while the next task is registered.
     with (
         one_blas_thread(),
@@ -220,6 +242,11 @@ def evaluate_stream(
                     _score, published.head, stream, len(registrations), embeddings.vectors
                 )
             )
+            if base_model is not None and any(row.task == task for row in stream.test):
+                of_task = _answers_of_task(
+                    task, stream, embeddings, scratch, encoder, base_model, max_output_tokens
+                )
+                on_arrival |= of_task.per_task
         progress("tasks", "register", len(registrations), len(stream.order))
     scored = [arrival.result() for arrival in scoring]
     snapshot = Snapshot.build(published.revision, published.head, {})
@@ -249,10 +276,51 @@ def evaluate_stream(
         unknown_before_arrival=(math.nan, *(arrival.next_unknown for arrival in scored[:-1])),
         registrations=tuple(registrations),
         answers=answers,
+        answers_over_time=changes_since_arrival(stream.order, on_arrival, answers.per_task)
+        if answers is not None
+        else None,
         places=task_map([row.task for row in stream.test], embeddings.vectors),
         decisions=tuple(decisions),
         head_sha256=digest(published.head.to_bytes()),
         seconds=time.perf_counter() - began,
+    )
+
+
+def _answers_of_task(
+    task: str,
+    stream: Stream,
+    embeddings: Embeddings,
+    scratch: Path,
+    encoder: Encoder,
+    base_model: LanguageModel,
+    max_output_tokens: int,
+) -> AnswerEvaluation:
+    """What the newest revision answers to the test rows of one task."""
+    places = [place for place, row in enumerate(stream.test) if row.task == task]
+    some = Embeddings(embeddings.vectors[places], embeddings.truncated[places])
+    snapshot = load_snapshot(scratch / "home", encoder, base_model.fingerprint)
+    decisions = decide(snapshot, [stream.test[place] for place in places], some)
+    return evaluate_answers(
+        snapshot,
+        base_model,
+        decisions,
+        some.vectors,
+        max_output_tokens,
+        encoder=prompted_encoder(encoder),
+    )
+
+
+def changes_since_arrival(
+    order: Sequence[str],
+    on_arrival: Mapping[str, AnswerFigures],
+    at_the_end: Mapping[str, AnswerFigures],
+) -> AnswersOverTime:
+    """What became of the answers; tasks without test rows are in neither mapping."""
+    pairs = [(on_arrival[task], at_the_end[task]) for task in order[:-1] if task in on_arrival]
+    return AnswersOverTime(
+        on_arrival,
+        metrics.mean([end.routed - then.routed for then, end in pairs]) if pairs else 0.0,
+        metrics.mean([end.oracle - then.oracle for then, end in pairs]) if pairs else 0.0,
     )
 
 

@@ -9,7 +9,7 @@ from trainer import metrics, plots
 from trainer.evaluate_answers import AnswerEvaluation, AnswerFigures
 from trainer.evaluate_orders import OrdersEvaluation
 from trainer.evaluate_routing import RoutedText
-from trainer.evaluate_stream import StreamEvaluation
+from trainer.evaluate_stream import AnswersOverTime, StreamEvaluation
 from trainer.metrics import Spread
 from trainer.report import Picture, Report, Table
 from trainer.report_words import interval_in_words, percent, points, summary_table
@@ -113,6 +113,7 @@ def stream_report(evaluation: StreamEvaluation, source: str) -> Report:
     """The report of `evaluate stream`."""
     stream, figures, continual = evaluation.stream, evaluation.routing, evaluation.continual
     registrations, answers = evaluation.registrations, evaluation.answers
+    over_time = evaluation.answers_over_time
     registering = sum(registration.seconds for registration in registrations)
     train_rows = sum(registration.rows for registration in registrations)
     size = sum(registration.bytes for registration in registrations)
@@ -144,6 +145,7 @@ def stream_report(evaluation: StreamEvaluation, source: str) -> Report:
         },
         **({"reject": evaluation.reject} if evaluation.reject else {}),
         **({"answers": answers} if answers else {}),
+        **({"answers_over_time": over_time} if over_time else {}),
         "registrations": registrations,
         "task_map": evaluation.places,
         "timing": {"seconds": evaluation.seconds, "seconds_registering": registering},
@@ -163,6 +165,7 @@ def stream_report(evaluation: StreamEvaluation, source: str) -> Report:
             "of a task's test rows, just before it arrives; mean of tasks",
         ],
         *(_answers_summary(answers) if answers else []),
+        *(_over_time_summary(over_time) if over_time else []),
         ["seconds", f"{evaluation.seconds:.0f}", f"of them registering: {registering:.0f}"],
     ]
     overlap = stream.test_texts_in_train
@@ -263,6 +266,18 @@ def _answers_summary(answers: AnswerEvaluation) -> list[list[str]]:
         ["answers, prompt alone", percent(mean.prompt_alone), "right task, no label classifier"],
         ["answers, no prompt", percent(mean.no_prompt), ""],
         ["routing loss", points(answers.routing_loss), "right task given less routed, in points"],
+    ]
+
+
+def _over_time_summary(over_time: AnswersOverTime) -> list[list[str]]:
+    words = "mean change of a task's score since its arrival"
+    return [
+        ["answers, backward transfer", points(over_time.routed_transfer), f"{words}, routed"],
+        [
+            "answers, backward transfer, right task given",
+            points(over_time.oracle_transfer),
+            f"{words}, with the oracle's task",
+        ],
     ]
 
 

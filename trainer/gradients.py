@@ -78,9 +78,15 @@ class MicroBatches:
             found = torch.autograd.grad((losses * weights).sum(), list(prompts.values()))
         except torch.OutOfMemoryError:
             return None
+        values: list[float] = losses.tolist()
+        sound = [row for row, value in zip(rows, values, strict=True) if math.isfinite(value)]
+        if len(sound) < len(rows):
+            # Kernels of some processors spread what is not a number to other rows' gradients.
+            again = iter(self.add(sound))
+            return [next(again) if math.isfinite(value) else value for value in values]
         for prompt, gradient in zip(prompts.values(), found, strict=True):
             prompt.grad = gradient if prompt.grad is None else prompt.grad + gradient
-        return list(losses.tolist())
+        return values
 
     def _halve(self, positions: int, rows: int) -> None:
         torch.cuda.empty_cache()

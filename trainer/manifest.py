@@ -9,6 +9,7 @@ tasks:
 tuning:                               # optional, and the same for all: fields of TuningSettings
   length: 40
   clip_norm: 1.0
+  search: {learning_rate: [0.003, 0.01, 0.03]}   # optional: see trainer.search
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ def read_manifest(path: Path) -> list[RegisterTask]:
 
 def read_tuning(path: Path) -> Mapping[str, object]:
     """What a manifest says of tuning, unchecked: see `trainer.tuning_options`.
+
+    What it says of a search is under `search`: see `trainer.search`.
 
     Raises:
         InvalidInputError: it is no mapping.

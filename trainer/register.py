@@ -45,6 +45,7 @@ from trainer.prompt_import import import_prompt
 from trainer.prompt_quality import LabelledRow, Quality
 from trainer.tuned_prompt import TunedPrompt, TuningFailure, training_curve
 from trainer.tuning import tune
+from trainer.tuning_log import TuningLog
 from trainer.tuning_settings import TuningJob, TuningSettings
 from trainer.workshop import Published, Workshop
 
@@ -66,13 +67,16 @@ def register(
     progress: Progress = lambda *_: None,
     gate_limit: float = DEFAULT_GATE_LIMIT,
     checkpoint_seconds: float = DEFAULT_SECONDS,
+    others: Sequence[TuningSettings] = (),
+    log: TuningLog | None = None,
 ) -> Registered:
     """Register tasks and publish those that succeed, all of them in one catalog revision.
 
     A failure of one task leaves the others. A challenger is registered alone: it becomes live for
     nobody, and passes the gate as if it did. `base_model` may be None where no request wants a
     prompt. A task that takes more than `gate_limit` of the held-out rows of an old one is refused,
-    unless it is forced.
+    unless it is forced. `others` are further settings to try (`trainer.search`): of each task, the
+    best on its validation rows are kept. `log` gets the figures of tuning.
 
     The state of tuning is kept in the home every `checkpoint_seconds`: the same call after a kill
     goes on from there, and comes to the same prompts.
@@ -86,7 +90,9 @@ def register(
     failures: dict[str, PromptyardError] = {}
     prepared = list(_each(requests, lambda request: prepare(workshop.catalog, request), failures))
     checkpoints = Checkpoints(workshop.home / CHECKPOINTS_FOLDER, checkpoint_seconds)
-    prompts = _tune(workshop, prepared, base_model, settings, failures, progress, checkpoints)
+    prompts = _tune(
+        workshop, prepared, base_model, (settings, *others), failures, progress, checkpoints, log
+    )
     classifiers = _Classifiers(workshop, settings, progress)
     records = []
     for task in prepared:
@@ -208,10 +214,11 @@ def _tune(
     workshop: Workshop,
     prepared: Sequence[Prepared],
     base_model: LanguageModel | None,
-    settings: TuningSettings,
+    configurations: Sequence[TuningSettings],
     failures: dict[str, PromptyardError],
     progress: Progress,
     checkpoints: Checkpoints,
+    log: TuningLog | None,
 ) -> dict[str, TunedPrompt]:
     wanted = [
         task for task in prepared if task.request.with_prompt and task.request.name not in failures
@@ -220,7 +227,7 @@ def _tune(
         return {}
     if base_model is None:
         raise InvalidInputError("base model", "none", "give --base-model, or --no-prompt")
-    jobs = [tuning_job(workshop, task, base_model, settings) for task in wanted]
+    jobs = [tuning_job(workshop, task, base_model, configurations) for task in wanted]
     folders = {task.request.name: task.request.prompt_from for task in wanted}
     prompts = {}
     for job in jobs:
@@ -233,7 +240,9 @@ def _tune(
     jobs = [job for job in jobs if folders[job.name] is None]
     if not jobs:
         return prompts
-    for name, result in tune(base_model, jobs, settings, progress, checkpoints).items():
+    settings, *others = configurations
+    results = tune(base_model, jobs, settings, progress, checkpoints, others, log)
+    for name, result in results.items():
         if isinstance(result, TuningFailure):
             failures[name] = RefusedError(f"prompt of {name}", result.reason, result.remedy)
         else:
@@ -242,16 +251,19 @@ def _tune(
 
 
 def tuning_job(
-    workshop: Workshop, task: Prepared, base_model: LanguageModel, settings: TuningSettings
+    workshop: Workshop,
+    task: Prepared,
+    base_model: LanguageModel,
+    configurations: Sequence[TuningSettings],
 ) -> TuningJob:
-    """What to tune for a request whose data was read."""
+    """What to tune, with any of `configurations`, for a request whose data was read."""
     return TuningJob(
         name=task.request.name,
         instruction=task.request.instruction or task.request.description,
         labels=task.outputs,
         train=_rows(task, task.train),
         validation=_rows(task, task.validation),
-        starts=_starts(workshop, task, base_model, settings),
+        starts=_starts(workshop, task, base_model, configurations),
         metric=task.metric,
         rejected=_rejected(task.train),
         validation_rejected=_rejected(task.validation),
@@ -269,12 +281,16 @@ def _rows(task: Prepared, examples: Sequence[Example]) -> tuple[LabelledRow, ...
 
 
 def _starts(
-    workshop: Workshop, task: Prepared, model: LanguageModel, settings: TuningSettings
+    workshop: Workshop,
+    task: Prepared,
+    model: LanguageModel,
+    configurations: Sequence[TuningSettings],
 ) -> tuple[Start, ...]:
-    if task.request.prompt_from is not None or settings.initialisation not in ("best", "nearest"):
+    wanted = any(each.initialisation in ("best", "nearest") for each in configurations)
+    if task.request.prompt_from is not None or not wanted:
         return ()
     texts = [example.input for example in task.train]
-    return nearest_prompts(workshop, texts, model, settings.method)
+    return nearest_prompts(workshop, texts, model, configurations[0].method)
 
 
 def _store(
@@ -313,6 +329,7 @@ def _store(
             layers=tuned.layers,
             curve=training_curve(tuned),
             probabilities=dict(tuned.probabilities),
+            search=tuned.search,
             versions={name: version(name) for name in _VERSIONED},
         )
     return TaskRecord(

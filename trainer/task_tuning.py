@@ -25,18 +25,21 @@ from trainer.prompt_quality import (
     measure_baselines,
     output_probabilities,
 )
-from trainer.schedule import passes
+from trainer.schedule import passes, share_of_rate, validation_steps
 from trainer.tuned_prompt import TunedPrompt, TuningFailure, Validation
 from trainer.tuning_settings import TuningJob, TuningSettings
 
 # With more labels, each row is compared with a sample of them: time and memory stay bounded.
 _MAX_OTHER_LABELS = 15
+# Of a task that failed: nothing is worse.
+WORST = Quality(-math.inf, -math.inf)
 
 
 class TaskTuning:
     """The state of one task while it is tuned.
 
-    `refit_steps`: go on for so many steps without looking at the validation rows.
+    `refit_steps`: go on for so many steps without looking at the validation rows. `run` is what to
+    call it in a log.
     """
 
     def __init__(
@@ -56,8 +59,8 @@ class TaskTuning:
                     f"{field} rows of {job.name}", min(strangers), "use one of the labels"
                 )
         self.job = job
-        self.seed = settings.seed
-        self._settings = settings
+        self.run = job.name
+        self.settings = settings
         self._method = settings.method
         self._layers = model.prefix_shape.layers if settings.method == "prefix" else 0
         self._output_ids = {
@@ -99,7 +102,8 @@ class TaskTuning:
         self._losses: list[float] = []
         self._validations: list[Validation] = []
         self._failed = False
-        self._patience = settings.patience
+        self._stopped = False
+        self._validate_after = validation_steps(settings.steps, settings.validations)
         self._refit_steps = refit_steps
 
     @property
@@ -112,7 +116,29 @@ class TaskTuning:
         """Whether the task takes part in the next step."""
         if self._refit_steps is not None:
             return not self._failed and len(self._losses) < self._refit_steps
-        return not self._failed and self._stale < self._patience
+        settings = self.settings
+        left = self._stale < settings.patience and len(self._losses) < settings.steps
+        return left and not self._failed and not self._stopped
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the validation rows are to be tried after the step that was just made."""
+        return not self._failed and len(self._losses) - 1 in self._validate_after
+
+    @property
+    def tries(self) -> int:
+        """How often the validation rows were tried, before the first step apart."""
+        return len(self._validations) - 1
+
+    def quality_after(self, tries: int) -> Quality:
+        """The best of the first `tries` tries, and of that before the first step."""
+        if self._failed:
+            return WORST
+        return max(_quality(validation) for validation in self._validations[: tries + 1])
+
+    def stop(self) -> None:
+        """Take no more steps; the best prompt so far stays."""
+        self._stopped = True
 
     @property
     def is_validated(self) -> bool:
@@ -121,17 +147,19 @@ class TaskTuning:
 
     def refitted(self, model: TorchLanguageModel) -> TaskTuning | None:
         """This task from its start again, on all of its rows; None where that is not wanted."""
-        settings, job = self._settings, self.job
+        settings, job = self.settings, self.job
         repeats = settings.steps * settings.rows_per_step > len(job.train)
         if settings.refit == "never" or not repeats or self._failed or self._best is None:
             return None
-        best = max(self._validations, key=lambda v: Quality(v.score, -v.loss))
+        best = max(self._validations, key=_quality)
         everything = replace(
             job,
             train=(*job.train, *job.validation),
             rejected=(*job.rejected, *job.validation_rejected),
         )
-        return TaskTuning(model, everything, settings, self.baselines, best.step)
+        again = TaskTuning(model, everything, settings, self.baselines, best.step)
+        again.run = f"{self.run}.refit"
+        return again
 
     def trial(self) -> Trial:
         """The prompt as it is now, on the validation rows."""
@@ -144,9 +172,9 @@ class TaskTuning:
             TrainingRow(
                 Row(self.prompt, self._inputs[i], self._method),
                 self._candidates(i),
-                weight=1 / self._settings.rows_per_step,
+                weight=1 / self.settings.rows_per_step,
                 rejected=self._rejected(i),
-                rejected_weight=self._settings.rejected_weight,
+                rejected_weight=self.settings.rejected_weight,
             )
             for i in next(self._schedule)
         ]
@@ -162,13 +190,18 @@ class TaskTuning:
             others = self._random.sample(others, _MAX_OTHER_LABELS)
         return [self._output_ids[label] for label in (right, *others)]
 
-    def stepped(self, loss: float) -> None:
-        """Take the mean training loss of a step."""
+    def stepped(self, loss: float) -> Mapping[str, float]:
+        """Take the mean training loss of a step; the figures of that step, for a log."""
+        told = self.settings
+        rate = told.learning_rate * share_of_rate(
+            len(self._losses), told.steps, told.warmup_steps, told.schedule
+        )
         self._losses.append(loss)
         self._failed = not math.isfinite(loss)
+        return {"loss/training": loss, "learning_rate": rate}
 
-    def validated(self, quality: Quality) -> None:
-        """Keep the prompt as it is now if it is the best so far."""
+    def validated(self, quality: Quality) -> Mapping[str, float]:
+        """Keep the prompt as it is now if it is the best so far; the figures, for a log."""
         self._validations.append(Validation(len(self._losses), quality.score, -quality.minus_loss))
         better = self._best is None or quality.clearly_exceeds(self._best[0])
         if better and math.isfinite(quality.minus_loss):
@@ -176,6 +209,10 @@ class TaskTuning:
             self._stale = 0
         else:
             self._stale += 1
+        return {
+            "loss/validation": -quality.minus_loss,
+            f"{self.job.metric}/validation": quality.score,
+        }
 
     def values(self) -> dict[str, Any]:
         """What has changed since it was made, apart from tensors: see `restore`."""
@@ -223,8 +260,20 @@ class TaskTuning:
     def quality(self) -> Quality:
         """Of the best prompt so far; nothing is worse than that of a task that failed."""
         if self._failed or self._best is None:
-            return Quality(-math.inf, -math.inf)
+            return WORST
         return self._best[0]
+
+    @property
+    def steps(self) -> int:
+        """How many were made."""
+        return len(self._losses)
+
+    @property
+    def problem(self) -> str:
+        """Why there is no prompt; empty where there is one."""
+        if self._failed or self._best is None:
+            return f"the loss was not finite at step {len(self._losses)}"
+        return ""
 
     def result(
         self,
@@ -236,7 +285,7 @@ class TaskTuning:
         if self._failed or self._best is None:
             return TuningFailure(
                 self.job.name,
-                f"the loss was not finite at step {len(self._losses)}",
+                self.problem,
                 "lower the learning rate, or look for odd rows",
             )
         quality, prompt = self._best
@@ -253,7 +302,13 @@ class TaskTuning:
             seconds=seconds,
             method=self._method,
             layers=self._layers,
-            settings={**asdict(self._settings), "started_from": self._started_from},
+            settings={**asdict(self.settings), "started_from": self._started_from},
             validations=tuple(self._validations),
             probabilities=probabilities or {},
         )
+
+
+def _quality(validation: Validation) -> Quality:
+    if not math.isfinite(validation.loss):
+        return WORST
+    return Quality(validation.score, -validation.loss)

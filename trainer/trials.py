@@ -18,8 +18,8 @@ from trainer.metrics import Interval, wilson_interval
 from trainer.preparing import prepare
 from trainer.prompt_quality import answers_under
 from trainer.register import Progress, tuning_job
-from trainer.tuned_prompt import TuningFailure
-from trainer.tuning import tune
+from trainer.tuned_prompt import TunedPrompt, TuningFailure
+from trainer.tuning import tune_each
 from trainer.tuning_options import tuning_settings
 from trainer.tuning_settings import TuningJob, TuningSettings, check_tuning
 from trainer.workshop import Workshop
@@ -37,7 +37,8 @@ Variant = Mapping[str, object]
 class TriedVariant:
     """What became of a variant; `problem` says why there is no score.
 
-    The intervals are of 95 %: of the score, and of its difference to the first variant's.
+    The intervals are of 95 %: of the score, and of its difference to the first variant's. `seconds`
+    is its share of the time of all that were tuned in the same batches.
     """
 
     variant: Variant
@@ -86,14 +87,13 @@ def try_variants(
     for variant in variants:
         changed, settings = with_variant(request, variant, given)
         settings = replace(settings, refit="never")
-        job = tuning_job(workshop, prepare(workshop.catalog, changed), base_model, settings)
+        job = tuning_job(workshop, prepare(workshop.catalog, changed), base_model, [settings])
         check_tuning([job], settings)
         jobs.append((job, settings))
     tried: list[TriedVariant] = []
     answers: list[list[str] | None] = []
-    for number, (variant, (job, settings)) in enumerate(zip(variants, jobs, strict=True), start=1):
-        progress("", "variants", number - 1, len(jobs))
-        result = tune(base_model, [job], settings)[job.name]
+    results = _tune_together(base_model, jobs, progress)
+    for variant, (job, _), result in zip(variants, jobs, results, strict=True):
         if isinstance(result, TuningFailure):
             tried.append(TriedVariant(variant, problem=f"{result.reason}; {result.remedy}"))
             answers.append(None)
@@ -109,13 +109,27 @@ def try_variants(
                 seconds=result.seconds,
             )
         )
-    progress("", "variants", len(jobs), len(jobs))
     job = jobs[0][0]
     expected = [output for _, output in job.validation]
     compared = tuple(_compare(tried, answers, expected, job.metric))
     scored = [n for n, each in enumerate(compared) if each.score is not None]
     best = max(scored, key=lambda n: (compared[n].score, -(compared[n].loss or 0)), default=None)
     return Trials(job.metric, len(expected), compared, best)
+
+
+def _tune_together(
+    model: LanguageModel, jobs: Sequence[tuple[TuningJob, TuningSettings]], progress: Progress
+) -> list[TunedPrompt | TuningFailure]:
+    """Tune every job; those that can share forward passes do."""
+    results: dict[int, TunedPrompt | TuningFailure] = {}
+    groups: dict[object, list[int]] = {}
+    for number, (_, settings) in enumerate(jobs):
+        shared = (settings.precision, settings.micro_batch_positions)
+        groups.setdefault(shared, []).append(number)
+    for numbers in groups.values():
+        wanted = [(job, [settings]) for job, settings in (jobs[number] for number in numbers)]
+        results.update(zip(numbers, tune_each(model, wanted, progress), strict=True))
+    return [results[number] for number in range(len(jobs))]
 
 
 def with_variant(

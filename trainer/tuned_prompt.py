@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from router.interfaces import FloatArray
-from router.tasks import PromptMethod, TrainingCurve
+from router.tasks import PromptMethod, TrainingCurve, TriedSettings
 
 _MOST_LOSSES = 200
 
@@ -31,7 +31,8 @@ class TunedPrompt:
     each step, `steps` how many there were, `seconds` the task's share of the whole time; `layers`
     counts those of a prefix; `settings` are what it was tuned with, `validations` all that were
     made. `probabilities` are those of desired and rejected outputs (see `PromptSummary`).
-    `validation_loss` is the prompt's, `instruction_loss` that of the instruction.
+    `validation_loss` is the prompt's, `instruction_loss` that of the instruction. `search` are the
+    settings that were tried, where there were several.
     """
 
     name: str
@@ -47,6 +48,7 @@ class TunedPrompt:
     settings: Mapping[str, float | int | str] = field(default_factory=dict)
     validations: tuple[Validation, ...] = ()
     probabilities: Mapping[str, float] = field(default_factory=dict)
+    search: tuple[TriedSettings, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
     PROMPTYARD_BENCH_DATA=/path/to/data make bench-prompts
     python tests/benchmarks/bench_prompts.py --parts tuning-speed serving-speed --out speed.json
-    python tests/benchmarks/bench_prompts.py --merge speed.json other.json
+    python tests/benchmarks/bench_prompts.py --merge docs/benchmarks/prompts.json speed.json
 
 Each part can be run alone, in several processes (by `--tasks`, `--methods` or `--first-seed`), and
 writes its file after every figure; `--merge` makes `docs/benchmarks/prompts.md` and `.json` of the
@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from bench_base_model import (
@@ -37,7 +38,9 @@ from prompts_accuracy import accuracy, data_size
 from prompts_comparison import comparison, costs, forgetting
 from prompts_page import page
 from prompts_plan import RATES, Bench, Record
+from prompts_sets import context, safety
 from prompts_speed import serving_speed, tuning_speed
+from prompts_stream import stream
 
 from router.backends.language_model import fingerprint
 
@@ -46,12 +49,16 @@ REPORTS = Path(__file__).parents[2] / "docs" / "benchmarks"
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What measures it, and how much of everything it takes where nothing else is said."""
+    """What measures it, and how much of everything it takes where nothing else is said.
+
+    `of_cl15`: it is about the 15 tasks, and needs their file.
+    """
 
     measure: Callable[[Bench], Iterator[Record]]
     steps: int
     tasks: tuple[str, ...] = ()
     rows: int | None = None
+    of_cl15: bool = True
 
 
 PARTS: Mapping[str, Part] = {
@@ -61,8 +68,26 @@ PARTS: Mapping[str, Part] = {
     "comparison": Part(comparison, 300, ("MNLI", "IMDB", "SST-2", "agnews")),
     "forgetting": Part(forgetting, 150),
     "accuracy": Part(accuracy, 400),
+    "stream": Part(stream, 150, rows=500),
     "data-size": Part(data_size, 150, ("MNLI", "QQP", "IMDB", "SST-2", "dbpedia", "agnews")),
+    "context": Part(context, 300, of_cl15=False),
+    "safety": Part(safety, 150, of_cl15=False),
 }
+
+
+def steps_by_part(words: Sequence[str]) -> dict[str, int]:
+    """The steps of each part that `words` name: `80` for all of them, `costs=20` for one.
+
+    Raises:
+        ValueError: no such part, or no number.
+    """
+    found: dict[str, int] = {}
+    for word in sorted(words, key=lambda word: "=" in word):
+        part, equals, steps = word.rpartition("=")
+        if equals and part not in PARTS:
+            raise ValueError(part)
+        found |= dict.fromkeys([part] if equals else PARTS, int(steps))
+    return found
 
 
 def main() -> int:
@@ -70,8 +95,8 @@ def main() -> int:
     options = parse_arguments()
     if options.merge:
         return merge(options.merge, options.reports)
-    path = find_data()
-    if path is None:
+    path = find_data() if any(PARTS[name].of_cl15 for name in options.parts) else None
+    if path is None and any(PARTS[name].of_cl15 for name in options.parts):
         return 2
     torch.set_float32_matmul_precision("high")
     done: list[dict[str, object]] = []
@@ -82,17 +107,18 @@ def main() -> int:
     return 0
 
 
-def run(name: str, path: Path, options: argparse.Namespace) -> Iterator[dict[str, object]]:
+def run(name: str, path: Path | None, options: argparse.Namespace) -> Iterator[dict[str, object]]:
     """Measure a part; what is known of it after each figure."""
     began = time.perf_counter()
     part = PARTS[name]
     given = {"tasks": options.tasks or list(part.tasks), "rows": options.rows or part.rows}
-    chosen = argparse.Namespace(**{**vars(options), **given})
-    bench = Bench(chosen, read_tasks(path, chosen), options.steps or part.steps)
+    chosen = argparse.Namespace(**{**vars(options), **given, "data": path})
+    tasks = read_tasks(path, chosen) if path is not None and part.of_cl15 else []
+    bench = Bench(chosen, tasks, options.steps.get(name, part.steps))
     records: list[Record] = []
     state: dict[str, object] = {
         "part": name,
-        "command": f"{DATA_VARIABLE}=DATA {shlex.join(['python', *sys.argv])}",
+        "command": f"{f'{DATA_VARIABLE}=DATA ' if path else ''}{shlex.join(['python', *sys.argv])}",
         "complete": False,
         "base_model": base_model(options.model),
         "environment": environment(options),
@@ -141,10 +167,20 @@ def environment(options: argparse.Namespace) -> dict[str, object]:
 
 
 def merge(files: Sequence[Path], folder: Path) -> int:
-    """Write the page and the figures of all measurements in `files`."""
+    """Write the page and the figures of all measurements in `files`.
+
+    What was cut short makes way for what was not, of the same part on the same device with all of
+    its methods.
+    """
     measurements = []
     for file in files:
         measurements += json.loads(file.read_text(encoding="utf-8"))
+    whole = [each for each in measurements if each["complete"]]
+    measurements = [
+        each
+        for each in measurements
+        if each["complete"] or not any(_covers(other, each) for other in whole)
+    ]
     for each in measurements:
         each["command"] = re.sub(r" --out \S+", "", each["command"])
     measurements.sort(key=lambda each: list(PARTS).index(each["part"]))  # stable: in given order
@@ -152,6 +188,14 @@ def merge(files: Sequence[Path], folder: Path) -> int:
     (folder / "prompts.md").write_text(page(measurements, list(PARTS)), encoding="utf-8")
     print(f"{folder / 'prompts.md'}, {folder / 'prompts.json'}")
     return 0
+
+
+def _covers(whole: Mapping[str, Any], short: Mapping[str, Any]) -> bool:
+    return (
+        whole["part"] == short["part"]
+        and whole["environment"]["device"] == short["environment"]["device"]
+        and set(whole["settings"]["methods"]) >= set(short["settings"]["methods"])
+    )
 
 
 def write_json(path: Path, measurements: Sequence[Mapping[str, object]]) -> None:
@@ -190,7 +234,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--dev-rows", type=int, default=200, help="dev rows a task at most")
     add("--test-rows", type=int, default=500, help="test rows a task at most")
     add("--length", type=int, default=20, help="virtual tokens")
-    add("--steps", type=int, default=None, help="steps of training (what suits the part)")
+    add(
+        "--steps",
+        nargs="+",
+        default=[],
+        metavar="N|PART=N",
+        help="steps of training, of all parts or of one (what suits the part)",
+    )
     add("--rows-per-step", type=int, default=16, help="rows a task and step")
     add("--validations", type=int, default=4, help="how often dev rows are tried")
     add("--rates", type=int, default=2, choices=(1, 2, 3), help="learning rates tried a method")
@@ -201,7 +251,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--repeats", type=int, default=3, help="of every time")
     add("--serving-rows", type=int, default=64, help="rows served in one batch")
     add("--new-tokens", type=int, default=8, help="of an answer at most")
-    return parser.parse_args()
+    options = parser.parse_args()
+    try:
+        options.steps = steps_by_part(options.steps)
+    except ValueError as error:
+        parser.error(f"--steps: {error}; write 80, or costs=20 for one of {', '.join(PARTS)}")
+    return options
 
 
 if __name__ == "__main__":

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from bench_base_model import Task, computing
-from prompts_comparison import taught
+from prompts_learners import taught
 from prompts_plan import Bench, Record, tuned_prompts
 
 from router.backends.torch_model import TorchLanguageModel
@@ -41,29 +41,45 @@ def accuracy(bench: Bench) -> Iterator[Record]:
 def _prompts(
     model: TorchLanguageModel, method: PromptMethod, bench: Bench, seed: int
 ) -> Iterator[Record]:
-    best: dict[str, tuple[Quality, float, TunedPrompt]] = {}
+    best = best_prompts(model, method, bench, seed)
+    tests = of_tests(model, bench.tasks, [each.prompt for each in best])
+    for task, each, test in zip(bench.tasks, best, tests, strict=True):
+        yield {
+            "method": method,
+            "task": task.job.name,
+            "seed": seed,
+            "rate": each.rate,
+            "dev": each.prompt.scores["prompt"],
+            "test": test,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class BestPrompt:
+    """The best prompt of a task by its dev rows, and the learning rate that it was tuned with."""
+
+    prompt: TunedPrompt
+    rate: float
+
+
+def best_prompts(
+    model: TorchLanguageModel, method: PromptMethod, bench: Bench, seed: int
+) -> list[BestPrompt]:
+    """The best prompt of each task of every rate, all tasks tuned together."""
+    best: dict[str, tuple[Quality, BestPrompt]] = {}
     for rate in bench.rates(method):
         settings = bench.settings(method=method, learning_rate=rate, seed=seed)
         for name, tuned in tuned_prompts(model, [t.job for t in bench.tasks], settings).items():
             quality = Quality(tuned.scores["prompt"], -tuned.validation_loss)
             if name not in best or quality > best[name][0]:
-                best[name] = quality, rate, tuned
-    tests = _test(model, bench.tasks, [best[task.job.name][2] for task in bench.tasks])
-    for task, test in zip(bench.tasks, tests, strict=True):
-        quality, rate, _ = best[task.job.name]
-        yield {
-            "method": method,
-            "task": task.job.name,
-            "seed": seed,
-            "rate": rate,
-            "dev": quality.score,
-            "test": test,
-        }
+                best[name] = quality, BestPrompt(tuned, rate)
+    return [best[task.job.name][1] for task in bench.tasks]
 
 
-def _test(
+def of_tests(
     model: TorchLanguageModel, tasks: Sequence[Task], prompts: Sequence[TunedPrompt]
 ) -> list[float]:
+    """Test accuracy of each task under its prompt; the rows of all tasks share batches."""
     trials = [
         Trial(
             torch.tensor(prompt.values, device=model.device),
@@ -109,7 +125,7 @@ def data_size(bench: Bench) -> Iterator[Record]:
                 }
                 for start in _STARTS:
                     prompts = [tuned[start][job.name] for job in jobs]
-                    tests = _test(model, bench.tasks, prompts)
+                    tests = of_tests(model, bench.tasks, prompts)
                     for job, prompt, test in zip(jobs, prompts, tests, strict=True):
                         aim = tuned["vocabulary"][job.name]
                         yield {

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import gc
 import statistics
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from bench_base_model import Task, computing
-from prompts_learners import Learner, Schedule, new_learner, search, train
+from prompts_accuracy import best_prompts, of_tests
+from prompts_learners import Learner, Schedule, new_learner, search, taught, train
 from prompts_plan import Bench, Record, quality_of, seconds_of
 
 from router.backends.rows import Row
 from router.backends.torch_model import TorchLanguageModel
+from router.tasks import PromptMethod
 
+PROMPT_METHODS: Mapping[str, PromptMethod] = {"prompt": "prompt", "prefix": "prefix"}
 _LATENCY_ROWS = 40
 _MIB = 1 << 20
 
@@ -29,48 +31,52 @@ def comparison(bench: Bench) -> Iterator[Record]:
                     yield {"method": method, **taught(model, task, method, bench, seed)}
 
 
-def taught(
-    model: TorchLanguageModel, task: Task, method: str, bench: Bench, seed: int
-) -> dict[str, object]:
-    """What one method comes to on one task."""
-    began = time.perf_counter()
-    learner = new_learner(method, model, task, bench.options.length)
-    found = search(learner, task, bench, seed)
-    return {
-        "task": task.job.name,
-        "seed": seed,
-        "rate": found.rate,
-        "steps": found.steps,
-        "dev": found.quality.score,
-        "test": quality_of(learner.model, learner.trial(task, task.test)).score,
-        "seconds": time.perf_counter() - began,
-    }
-
-
 def forgetting(bench: Bench) -> Iterator[Record]:
     """Tasks one after the other in the same weights: test accuracy right after, and at the end.
 
-    Prompts and prefixes share no weights, but are measured the same way.
+    Prompts and prefixes share no weights, so that all are tuned together; they are measured alone
+    (then) and in the batches of all tasks (at the end).
     """
     base = bench.model()
     with computing(base, bench.options.bf16):
         for seed in bench.seeds:
             for method in bench.options.methods:
-                yield from _sequence(base, method, bench, seed)
+                if method in PROMPT_METHODS:
+                    yield from _beside_each_other(base, PROMPT_METHODS[method], bench, seed)
+                else:
+                    yield from _sequence(base, method, bench, seed)
+
+
+def _beside_each_other(
+    base: TorchLanguageModel, method: PromptMethod, bench: Bench, seed: int
+) -> Iterator[Record]:
+    tuned = best_prompts(base, method, bench, seed)
+    prompts = [each.prompt for each in tuned]
+    then = [
+        of_tests(base, [task], [prompt])[0]
+        for task, prompt in zip(bench.tasks, prompts, strict=True)
+    ]
+    at_the_end = of_tests(base, bench.tasks, prompts)
+    for place, (task, each) in enumerate(zip(bench.tasks, tuned, strict=True)):
+        yield {
+            "method": method,
+            "seed": seed,
+            "place": place,
+            "task": task.job.name,
+            "rate": each.rate,
+            "then": then[place],
+            "at_the_end": at_the_end[place],
+        }
 
 
 def _sequence(base: TorchLanguageModel, method: str, bench: Bench, seed: int) -> Iterator[Record]:
-    learners: list[Learner] = []
+    learner = new_learner(method, base, bench.tasks[0], bench.options.length)
     then: list[float] = []
     found = []
     for task in bench.tasks:
-        if learners and not learners[-1].is_prompt:
-            learners.append(learners[-1])
-        else:
-            learners.append(new_learner(method, base, task, bench.options.length))
-        found.append(search(learners[-1], task, bench, seed))
-        then.append(_test(learners[-1], task))
-    for place, (task, learner) in enumerate(zip(bench.tasks, learners, strict=True)):
+        found.append(search(learner, task, bench, seed))
+        then.append(_test(learner, task))
+    for place, task in enumerate(bench.tasks):
         yield {
             "method": method,
             "seed": seed,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -238,3 +239,21 @@ def search(learner: Learner, task: Task, bench: Bench, seed: int) -> Found:
         raise SystemExit("give at least one rate and one validation")
     learner.load(best[1])
     return best[0]
+
+
+def taught(
+    model: TorchLanguageModel, task: Task, method: str, bench: Bench, seed: int
+) -> dict[str, object]:
+    """What one method comes to on one task."""
+    began = time.perf_counter()
+    learner = new_learner(method, model, task, bench.options.length)
+    found = search(learner, task, bench, seed)
+    return {
+        "task": task.job.name,
+        "seed": seed,
+        "rate": found.rate,
+        "steps": found.steps,
+        "dev": found.quality.score,
+        "test": quality_of(learner.model, learner.trial(task, task.test)).score,
+        "seconds": time.perf_counter() - began,
+    }

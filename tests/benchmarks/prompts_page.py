@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from prompts_words import METHODS, WORDS
 
+from trainer.metrics import wilson_interval
+
 Records = Sequence[Mapping[str, Any]]
 Table = list[list[str]]
 _WIDTH = 100
@@ -102,6 +104,10 @@ def _setting(run: Mapping[str, Any]) -> str:
 
 def _sizes(run: Mapping[str, Any]) -> str:
     told = run["settings"]
+    if run["part"] in ("context", "safety"):
+        return (
+            f"{told['steps']} steps of {told['rows_per_step']} rows, learning rate {told['rate']}"
+        )
     tasks = "one task" if len(told["tasks"]) == 1 else f"{len(told['tasks'])} tasks"
     if run["part"] == "serving-speed":
         rows = f"{told['serving_rows']} rows of {tasks}"
@@ -109,6 +115,9 @@ def _sizes(run: Mapping[str, Any]) -> str:
     steps = f"{told['steps']} steps of {told['rows_per_step']} rows a task"
     if run["part"] in ("tuning-speed", "costs"):
         return f"{tasks}, {steps}, {told['repeats']} repeats"
+    if run["part"] == "stream":
+        rows = f"{told['rows']} train, {told['dev_rows']} dev and {told['test_rows']} test rows"
+        return f"{tasks}, at most {rows} each, {steps}, learning rate {told['rate']}"
     tried = f"the best of {told['rates']} learning rates with {told['validations']} checks each"
     rows = f"at most {told['dev_rows']} dev and {told['test_rows']} test rows"
     precision = "bfloat16 (autocast)" if told["bf16"] else "float32"
@@ -254,6 +263,30 @@ def forgetting(records: Records) -> Table:
     return table
 
 
+def stream(records: Records) -> Table:
+    """A row for each order, and what the orders come to."""
+    table = [
+        [
+            *("order", "right task given", "routed", "points under", "BWT, right task given"),
+            *("BWT, routed", "inputs routed right", "prompt alone, right task given"),
+        ]
+    ]
+    for record in records:
+        table.append(
+            [
+                str(record["order"]),
+                f"{record['oracle']:.3f}",
+                f"{record['routed']:.3f}",
+                f"{100 * record['routing_loss']:.2f}",
+                f"{100 * record['oracle_transfer']:+.2f}",
+                f"{100 * record['routed_transfer']:+.2f}",
+                f"{100 * record['routing_accuracy']:.1f} %",
+                f"{record['prompt_alone']:.3f}",
+            ]
+        )
+    return table
+
+
 def data_size(records: Records) -> Table:
     """Mean accuracy over the tasks by rows and start, and how soon the loss is as low."""
     table = [["train rows", "start", "accuracy (over seeds)", "steps to the same loss", "reached"]]
@@ -273,6 +306,54 @@ def data_size(records: Records) -> Table:
     return table
 
 
+def context(records: Records) -> Table:
+    """A row for each way to tune and to ask."""
+    table = [["tuned", "asked", "exact match (over seeds)", "95 % interval", "seeds"]]
+    for (tuned, asked), rows in _by(records, "tuned_with", "asked_with").items():
+        shares = [row["test"] for row in rows]
+        mean = statistics.fmean(shares)
+        # Seeds answer the same rows: they make the mean no surer than one of them is.
+        interval = wilson_interval(mean * rows[0]["rows"], rows[0]["rows"])
+        table.append(
+            [
+                "with the passage" if tuned else "without it",
+                "with the passage" if asked else "without it",
+                Spread.of(shares, statistics.fmean).text(".3f"),
+                f"{interval.low:.3f} to {interval.high:.3f}",
+                str(len(rows)),
+            ]
+        )
+    return table
+
+
+SAFETY_SIDES = {
+    "habit": "before: half of the replies are rejected ones",
+    "desired": "after, on desired replies alone",
+    "rejected": "after, and told of the rejected ones",
+}
+
+
+def safety(records: Records) -> Table:
+    """A row for each prompt, with what became of the probabilities that it started from."""
+    table = [
+        [
+            *("prompt", "p(rejected), mean", "of before", "p(desired), mean", "of before"),
+            *("desired replies", "seeds"),
+        ]
+    ]
+    sides = _by(records, "side")
+    before = {row["seed"]: row for row in sides.get(("habit",), ())}
+    for (side,), rows in sides.items():
+        cells = [SAFETY_SIDES[side]]
+        for kind in ("rejected", "desired"):
+            ratios = [row[kind] / before[row["seed"]][kind] for row in rows]
+            cells.append(Spread.of([row[kind] for row in rows], statistics.fmean).text(".3g"))
+            cells.append(Spread.of(ratios, statistics.fmean).text(".3g"))
+        right = Spread.of([row["right"] for row in rows], statistics.fmean).text(".3f")
+        table.append([*cells, right, str(len(rows))])
+    return table
+
+
 TABLES: Mapping[str, Callable[[Records], Table]] = {
     "tuning-speed": tuning_speed,
     "serving-speed": serving_speed,
@@ -280,5 +361,8 @@ TABLES: Mapping[str, Callable[[Records], Table]] = {
     "comparison": accuracy,
     "forgetting": forgetting,
     "accuracy": accuracy,
+    "stream": stream,
     "data-size": data_size,
+    "context": context,
+    "safety": safety,
 }

@@ -16,11 +16,12 @@ METHODS = {
 WORDS: Mapping[str, tuple[str, str]] = {
     "all": (
         "Soft prompts",
-        """What soft prompts cost and answer beside the alternatives, on the 15 tasks of `cl15` and
-        the embedded base model. The sides of a comparison are measured in the same run, on the
-        same base, rows and precision. Everything is trained on `train` rows and chosen on `dev`
-        rows; `test` rows are only scored. Parts are run alone or together, on a CPU or a GPU; the
-        page is made of what they wrote (`bench_prompts.py --merge`).""",
+        """What soft prompts cost and answer beside the alternatives, on the 15 tasks of `cl15` (and
+        two small sets of our own) and the embedded base model. The sides of a comparison are
+        measured in the same run, on the same base, rows and precision. Everything is trained on
+        `train` rows and chosen on `dev` rows; `test` rows are only scored. Parts are run alone or
+        together, on a CPU or a GPU; the page is made of what they wrote (`bench_prompts.py
+        --merge`).""",
     ),
     "tuning-speed": (
         "Tuning many tasks",
@@ -62,8 +63,9 @@ WORDS: Mapping[str, tuple[str, str]] = {
     "forgetting": (
         "Forgetting",
         """The tasks in the order of the file, one after the other. Full fine-tuning, LoRA and
-        adapters go on in the same weights, from the best of a task by its dev rows; each task has
-        a prompt (and a prefix) of its own, which is measured at the end all the same. BWT is the
+        adapters go on in the same weights, from the best of a task by its dev rows. Prompts and
+        prefixes share no weights: they are tuned together, with the same steps and rows a task, and
+        measured alone (then) and in batches with all others (at the end). BWT is the
         mean change of the test accuracy of all tasks but the last, from right after they were
         learned to the end.""",
     ),
@@ -73,6 +75,17 @@ WORDS: Mapping[str, tuple[str, str]] = {
         fine-tuned model a task: the same steps, rows, number of rates, and checks on dev rows.
         Means over the seeds, with the least and the most.""",
     ),
+    "stream": (
+        "A stream of tasks, none of which is named",
+        """The tasks arrive one after the other, in the orders that continual learning is measured
+        in (`cl15_orders.json`), and are registered as a user would: prompt, label classifier,
+        routing, and a split of train and dev rows of its own. Then every test row is routed and
+        answered under the task that it was routed to, beside the
+        answers under its own task. Means over the tasks. BWT, in points, is the mean change of a
+        task's answers since right after it arrived, of all tasks but the last. Asked for are at
+        most 1.0 points under the right task's, a BWT of 0 with the right task given, and of at
+        least -1.0 routed.""",
+    ),
     "data-size": (
         "How much data, and which start",
         """Prompts tuned on a few rows, with as many dev rows as train rows (all: as many as there
@@ -80,5 +93,24 @@ WORDS: Mapping[str, tuple[str, str]] = {
         their rows: the one with the least loss on the dev rows. Steps to the same loss: the
         median of when the dev loss was first as low as the vocabulary start's best on the same
         rows, of those runs in which it was.""",
+    ),
+    "context": (
+        "With the retrieved passage, and without it",
+        """Not on `cl15`: 320 questions about wares of an invented store, written for this, each
+        with a passage of four sentences that holds the answer among other things (192 train, 48
+        dev, 80 test rows; no ware is in two of them). Free text, right if it is the output. A
+        prompt is tuned with the passages and another without, both with the same rows and steps;
+        without a passage all that can be known is what answers are common. The interval is
+        Wilson's, for the 80 rows.""",
+    ),
+    "safety": (
+        "Rejected outputs",
+        """Not on `cl15`: 240 messages of customers of invented companies, written for this, with a
+        reply that is wanted and one that must not be given (120 train, 36 dev, 84 test rows; test
+        messages combine what occurs in others). A prompt is tuned on replies of which half are the
+        rejected ones, as they might be found; from there, one goes on with the desired replies, and
+        one is told of the rejected ones as well (`rejected` rows, weight 1). Probabilities are of
+        whole replies, means over the test rows. Asked for are at most half of before for the
+        rejected, and not less than before for the desired ones.""",
     ),
 }

@@ -274,6 +274,12 @@ def test_a_stream_with_prompts_measures_answers(
     # Every row was routed to its own task, so that its own prompt answered it.
     assert answers["mean"]["routed"] == answers["mean"]["oracle"]
     assert answers["routing_loss"] == 0.0
+    over_time = report["answers_over_time"]
+    assert set(over_time["on_arrival"]) == set(TRAIN)
+    for task, then in over_time["on_arrival"].items():
+        assert then["oracle"] == answers["per_task"][task]["oracle"]
+        assert then["rows"] == len(TEST[task])
+    assert over_time["routed_transfer"] == over_time["oracle_transfer"] == 0.0
     assert set(report["registrations"][0]["prompt_scores"]) >= {"prompt", "majority"}
     assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == report
 

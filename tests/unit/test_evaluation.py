@@ -15,10 +15,10 @@ from router.errors import InvalidInputError, NoPromptError
 from router.interfaces import FloatArray
 from router.label_classifier import LabelClassifier
 from tests.fakes import FakeEncoder, FakeLanguageModel, make_snapshot, make_task, without_prompt
-from trainer.evaluate_answers import evaluate_answers
+from trainer.evaluate_answers import AnswerFigures, evaluate_answers
 from trainer.evaluate_orders import random_orders
 from trainer.evaluate_routing import RoutedText, evaluate_routing
-from trainer.evaluate_stream import StreamFiles, read_stream
+from trainer.evaluate_stream import StreamFiles, changes_since_arrival, read_stream
 from trainer.evaluation_rows import (
     EvaluationFields,
     LabelledText,
@@ -352,3 +352,17 @@ def test_a_task_s_answers_are_scored_by_its_metric_and_rows_by_being_right() -> 
     assert answers.per_task["story"].metric == "rouge-l"
     assert answers.per_task["story"].oracle == answers.mean.oracle == pytest.approx(0.5)
     assert answers.over_rows.oracle == 0.0
+
+
+def test_answers_change_from_their_arrival_to_the_end_and_the_last_task_has_no_time_to() -> None:
+    def figures(routed: float, oracle: float) -> AnswerFigures:
+        return AnswerFigures(10, routed, routed, oracle, oracle, 0.0)
+
+    then = {"a": figures(0.9, 0.9), "b": figures(0.8, 0.85), "last": figures(0.1, 0.1)}
+    end = {"a": figures(0.7, 0.9), "b": figures(0.9, 0.85), "last": figures(0.0, 0.5)}
+    found = changes_since_arrival(("a", "untested", "b", "last"), then, end)
+    assert found.routed_transfer == pytest.approx((-0.2 + 0.1) / 2)
+    assert found.oracle_transfer == 0.0
+    assert found.on_arrival == then
+    alone = changes_since_arrival(("last",), {"last": then["last"]}, {"last": end["last"]})
+    assert (alone.routed_transfer, alone.oracle_transfer) == (0.0, 0.0)

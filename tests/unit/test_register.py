@@ -380,7 +380,7 @@ class Tuner:
         self.results: dict[str, TunedPrompt | TuningFailure] = {}
         self.jobs: list[object] = []
 
-    def __call__(self, model, jobs, settings, progress, checkpoints):
+    def __call__(self, model, jobs, settings, *_):
         self.jobs += jobs
         return {
             job.name: replace(result, settings=asdict(settings))

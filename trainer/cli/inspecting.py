@@ -23,7 +23,7 @@ from trainer.cli.console import (
 
 if TYPE_CHECKING:
     from router.interfaces import LanguageModel
-    from router.tasks import PromptSummary, TaskRecord, TrainingCurve
+    from router.tasks import PromptSummary, TaskRecord, TrainingCurve, TriedSettings
     from trainer.inspection import Inspection
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -129,6 +129,12 @@ def _lineage(record: TaskRecord, prompt: PromptSummary) -> dict[str, object]:
         "initialisation": prompt.settings.get("initialisation", "not recorded"),
         "started from": prompt.settings.get("started_from", "not recorded"),
         "seed": prompt.settings.get("seed", "not recorded"),
+        "settings": ", ".join(
+            f"{name} {prompt.settings[name]}"
+            for name in ("learning_rate", "length", "steps", "rows_per_step")
+            if name in prompt.settings
+        )
+        or "not recorded",
         "base model": f"{prompt.base_model_name} {prompt.base_model}",
         "encoder": record.encoder,
         "versions": ", ".join(f"{name} {number}" for name, number in prompt.versions.items())
@@ -192,7 +198,21 @@ def _show(record: TaskRecord, prompt: PromptSummary, found: Inspection) -> None:
             [[str(s.task), s.cosine] for s in found.similar[:_SIMILAR_SHOWN]],
             title="prompts of other tasks",
         )
+    if prompt.search:
+        print_table(
+            ["settings", "steps", prompt.metric, "loss", ""],
+            [_tried(each) for each in prompt.search],
+            title="search on the validation rows",
+        )
     print_table(["", ""], [[key, value] for key, value in _lineage(record, prompt).items()])
+
+
+def _tried(each: TriedSettings) -> list[object]:
+    words = ", ".join(f"{name}={value}" for name, value in each.settings.items())
+    if each.score is None or each.loss is None:
+        return [f"{words}: {each.problem}", each.steps, "-", "-", ""]
+    chosen = "chosen" if each.chosen else ""
+    return [words, each.steps, f"{each.score:.1%}", f"{each.loss:.3f}", chosen]
 
 
 def _show_curve(curve: TrainingCurve | None) -> None:

@@ -29,6 +29,7 @@ from trainer.commands import Initialisation
 if TYPE_CHECKING:
     from trainer.admission import Registered
     from trainer.commands import PolicyChange, RegisterTask
+    from trainer.tuning_log import TuningLog
 
 TaskName = Annotated[str, typer.Argument(metavar="NAME", help="The task's name.")]
 
@@ -44,6 +45,7 @@ class _Tuning:
     seed: int | None
     seeds: int | None
     method: PromptMethod | None
+    search: bool | None
 
 
 def add_to(app: typer.Typer) -> None:
@@ -154,6 +156,31 @@ def register(
         int | None,
         typer.Option(help="Tune with so many seeds, and keep the best on the validation rows."),
     ] = None,
+    search: Annotated[
+        bool | None,
+        typer.Option(
+            "--search/--no-search",
+            help="Try 8 configurations of learning rate, length, initialisation and steps (those "
+            "that no flag and no manifest names), stop the worse ones early, and keep the best on "
+            "the validation rows. Takes 3 to 6 times as long.",
+            show_default=False,
+        ),
+    ] = None,
+    log_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Write event files for TensorBoard here: losses, scores and learning rates of "
+            "each task (needs the extra `tensorboard`).",
+        ),
+    ] = None,
+    mlflow: Annotated[
+        str,
+        typer.Option(
+            metavar="URI",
+            help="Send the same figures to an MLflow tracking server (needs the extra `mlflow`).",
+        ),
+    ] = "",
     checkpoint_seconds: Annotated[
         float,
         typer.Option(
@@ -237,9 +264,11 @@ def register(
             requests,
             PolicyChange(head=head, false_reject_rate=false_reject_rate),
             in_manifest,
-            _Tuning(steps, length, learning_rate, initialisation, seed, seeds, method),
+            _Tuning(steps, length, learning_rate, initialisation, seed, seeds, method, search),
             gate_limit,
             checkpoint_seconds,
+            log_dir,
+            mlflow,
         )
         if as_json:
             print_json(registered_document(result))
@@ -258,6 +287,8 @@ def _register(
     tuning: _Tuning,
     gate_limit: float | None,
     checkpoint_seconds: float,
+    log_dir: Path | None,
+    mlflow: str,
 ) -> Registered:
     from trainer.admission import Registered, check_writable, refused_at_once
 
@@ -270,15 +301,25 @@ def _register(
     from router.bootstrap import load_base_model, load_encoder
     from trainer.gate import DEFAULT_GATE_LIMIT
     from trainer.register import register as register_tasks
-    from trainer.tuning_options import tuning_settings
+    from trainer.search import configurations
+    from trainer.tuning_log import MLflow, TensorBoard, TuningLogs
     from trainer.workshop import Workshop
 
     flags = {key: value for key, value in asdict(tuning).items() if value is not None}
-    settings = tuning_settings({**in_manifest, **flags})
+    given = {**in_manifest, **flags}
+    if search := given.pop("search", None):
+        # True is the small search; what a manifest lists goes before it.
+        search = in_manifest.get("search") or search
+    settings, *others = configurations(given, search)
+    logs: list[TuningLog] = [TensorBoard(log_dir)] if log_dir is not None else []
+    logs += [MLflow(mlflow)] if mlflow else []
     wants_prompts = any(request.with_prompt for request in requests)
     with Workshop(folder, load_encoder(encoder)) as workshop:
         model = load_base_model(base_model) if wants_prompts else None
-        with progress_bars() as progress:
+        with (
+            progress_bars() as progress,
+            TuningLogs(logs, lambda said: progress("", said, 1, 1)) as log,
+        ):
             return register_tasks(
                 workshop,
                 requests,
@@ -288,4 +329,6 @@ def _register(
                 progress,
                 DEFAULT_GATE_LIMIT if gate_limit is None else gate_limit,
                 checkpoint_seconds,
+                others,
+                log,
             )
