@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 import structlog
 
 from router.answering import Answerer
+from router.errors import InvalidInputError
 from router.interfaces import Encoder, LanguageModel, Observer
 from router.observing import UNOBSERVED
 from router.routing import Router
-from router.settings import DEFAULT_ENCODER, ServerSettings
+from router.settings import DEFAULT_ENCODER, FAST_ENCODER, ServerSettings
 from router.tenants import tenant_home
 from router.turns import Turns, TurnTakingEncoder
 
@@ -34,11 +35,18 @@ def load_encoder(name: str = DEFAULT_ENCODER, *, device: str = "auto", threads: 
 
     The embedded one runs on ONNX Runtime unless another `device` than the CPU is named: a catalog
     belongs to one runtime, so that `auto` must not depend on the machine. `threads` are its own.
+    The `fast` one knows the CPU only.
 
     Raises:
-        InvalidInputError: there is no such model.
+        InvalidInputError: there is no such model, or not on that device.
         IncompatibleModelError: its weights are not what they should be.
     """
+    if name == FAST_ENCODER:
+        if device not in ("auto", "cpu"):
+            raise InvalidInputError("encoder device", device, f"{name} runs on the cpu")
+        from router.backends.static_encoder import StaticMiniLM
+
+        return StaticMiniLM()
     if name == DEFAULT_ENCODER and device in ("auto", "cpu"):
         from router.backends.onnx_encoder import OnnxMiniLM
 

@@ -13,6 +13,7 @@ from router.limits import Limits
 
 DEFAULT_LISTEN = "127.0.0.1:50051"
 DEFAULT_ENCODER = "all-MiniLM-L6-v2"
+FAST_ENCODER = "fast"
 DEFAULT_MAX_TENANTS = 32
 DEFAULT_BASE_MODEL = str(Path(__file__).parent / "models" / "base")
 

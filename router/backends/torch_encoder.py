@@ -51,7 +51,7 @@ class TorchEncoder:
             self._model = SentenceTransformer(name_or_folder, device=device)
         except (OSError, ValueError) as error:
             raise InvalidInputError(
-                "encoder", name_or_folder, "give all-MiniLM-L6-v2, a hub name or a folder"
+                "encoder", name_or_folder, "give all-MiniLM-L6-v2, fast, a hub name or a folder"
             ) from error
         self._model.eval()
         if window is not None:
