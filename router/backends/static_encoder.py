@@ -89,6 +89,11 @@ class StaticMiniLM:
         """384."""
         return HIDDEN
 
+    @property
+    def window(self) -> int:
+        """1024."""
+        return WINDOW_TOKENS
+
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text, cut to the window."""
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)

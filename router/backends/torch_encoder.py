@@ -89,28 +89,29 @@ class TorchEncoder:
         width = self._model.get_embedding_dimension()
         return int(width or 0)
 
+    @property
+    def window(self) -> int:
+        """As the model's own settings say, or as it was set."""
+        return int(self._model.max_seq_length or 512)
+
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text, cut to the window."""
-        return [min(length, self._window) for length in self._lengths(texts)]
+        return [min(length, self.window) for length in self._lengths(texts)]
 
     def encode(self, texts: Sequence[str]) -> Embeddings:
         """Embed `texts` `[B]` to unit vectors `[B, D]`."""
         lengths = np.array(self._lengths(texts), np.int32)
         vectors = np.zeros((len(texts), self.dimension), np.float32)
         with torch.inference_mode():
-            for chosen in batches_by_length(np.minimum(lengths, self._window), MAX_BATCH_TOKENS):
+            for chosen in batches_by_length(np.minimum(lengths, self.window), MAX_BATCH_TOKENS):
                 rows = [texts[row] for row in chosen]
                 vectors[chosen] = self._pooled(rows) if self._layers else self._own(rows)
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-        return Embeddings(vectors / np.maximum(norms, 1e-12), lengths > self._window)
+        return Embeddings(vectors / np.maximum(norms, 1e-12), lengths > self.window)
 
     @property
     def _transformer(self) -> Any:  # noqa: ANN401 - any Hugging Face model
         return self._model[0].model
-
-    @property
-    def _window(self) -> int:
-        return int(self._model.max_seq_length or 512)
 
     def _lengths(self, texts: Sequence[str]) -> list[int]:
         if not texts:
@@ -124,7 +125,7 @@ class TorchEncoder:
 
     def _pooled(self, texts: Sequence[str]) -> FloatArray:
         tokens = self._model.tokenizer(
-            list(texts), truncation=True, max_length=self._window, padding=True, return_tensors="pt"
+            list(texts), truncation=True, max_length=self.window, padding=True, return_tensors="pt"
         ).to(self._model.device)
         states = self._transformer(**tokens, output_hidden_states=True).hidden_states
         mask = tokens["attention_mask"].unsqueeze(-1).float()
