@@ -113,7 +113,7 @@ class TaskRecord:
     """Everything that is known of one revision of a task. Written once, never changed.
 
     `template` makes the base model's input of a text and its passages (`router.templates`); empty
-    is the default one.
+    is the default one. `texts_sha256` is the file of the task's texts, where they were kept.
     """
 
     name: str
@@ -130,6 +130,7 @@ class TaskRecord:
     format: int = RECORD_FORMAT
     template: str = ""
     classifier: ClassifierSummary | None = None
+    texts_sha256: str = ""
 
     @property
     def key(self) -> TaskKey:
@@ -139,7 +140,7 @@ class TaskRecord:
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces. Its SHA-256 is the record's digest."""
         document = asdict(self)
-        for later in ("template", "classifier"):
+        for later in ("template", "classifier", "texts_sha256"):
             if not document[later]:
                 del document[later]
         if document["prompt"] is not None:

@@ -32,9 +32,10 @@ from trainer.catalog_writer import now
 from trainer.checkpoint import DEFAULT_SECONDS, Checkpoints
 from trainer.clustering import cluster
 from trainer.commands import PolicyChange, RegisterTask
-from trainer.data import Example, LabelledFile, summarise
+from trainer.data import Example, summarise
 from trainer.gate import DEFAULT_GATE_LIMIT, InterferenceError
 from trainer.initialisation import Start
+from trainer.kept_texts import keep_texts
 from trainer.label_classifier import PROMPT_WEIGHT, fit_classifier
 from trainer.nearest_prompts import nearest_prompts
 from trainer.preparing import Prepared, prepare
@@ -282,13 +283,8 @@ def _store(
 ) -> TaskRecord:
     """Embed the rows, store rows and prompt, and make the record."""
     request = task.request
-    embeddings = embed(workshop, request.name, task.file, progress)
-    embeddings_sha256 = workshop.artifacts.write_tensors(
-        {
-            EMBEDDINGS_TENSOR: to_fixed_point(embeddings.vectors),
-            CLUSTERS_TENSOR: cluster(embeddings.vectors)[:, None],
-        }
-    )
+    texts = [example.input for example in task.file.examples]
+    embeddings = embed(workshop, request.name, texts, progress)
     prompt = classifier = None
     if tuned is not None and base_model is not None:
         classifier = _classifier(workshop, task, embeddings.vectors)
@@ -319,11 +315,24 @@ def _store(
         outputs=task.outputs,
         data=summarise(task.file, len(task.train), len(task.validation)),
         encoder=workshop.encoder.fingerprint,
-        embeddings_sha256=embeddings_sha256,
+        embeddings_sha256=store_rows(workshop, embeddings.vectors),
         prompt=prompt,
         forced_reason=request.force,
         template=request.template,
         classifier=classifier,
+        texts_sha256=(
+            keep_texts(workshop.artifacts, task.file.examples) if request.keep_text else ""
+        ),
+    )
+
+
+def store_rows(workshop: Workshop, vectors: FloatArray) -> str:
+    """Store a task's embeddings `[n, D]` with their clusters; returns the file's digest."""
+    return workshop.artifacts.write_tensors(
+        {
+            EMBEDDINGS_TENSOR: to_fixed_point(vectors),
+            CLUSTERS_TENSOR: cluster(vectors)[:, None],
+        }
     )
 
 
@@ -343,9 +352,8 @@ def _classifier(
     )
 
 
-def embed(workshop: Workshop, name: str, file: LabelledFile, progress: Progress) -> Embeddings:
-    """Embed all rows of a file, in pieces, with progress."""
-    texts = [example.input for example in file.examples]
+def embed(workshop: Workshop, name: str, texts: Sequence[str], progress: Progress) -> Embeddings:
+    """Embed the texts of a task, in pieces, with progress."""
     pieces = []
     for start in range(0, len(texts), _EMBED_ROWS):
         progress(name, "embed", start, len(texts))

@@ -113,3 +113,26 @@ def test_rows_that_nothing_can_be_held_out_of_are_refused(
     data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     error = promptyard("encoders", "--data", data, "--home", tmp_path, exit_code=2)["error"]
     assert (error["field"], error["value"]) == (str(data), problem)
+
+
+def test_a_catalog_that_keeps_its_texts_goes_over_to_another_encoder(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    for name in TASKS[:2]:
+        promptyard(
+            *("register", name, "--data", EXAMPLES / f"{name}.jsonl", "--no-prompt"),
+            *("--keep-text", "--home", home, "--encoder", "fast"),
+        )
+    kept = promptyard("show", TASKS[0], "--row", 0, "--home", home)
+    assert kept["input"] in (EXAMPLES / f"{TASKS[0]}.jsonl").read_text()
+    published = promptyard("encoders", "use", "all-MiniLM-L6-v2", "--home", home)
+    assert published["revision"] == 3
+    assert published["report"]["held_out_accuracy"] > 0.95
+    [decision] = promptyard("route", "switch the light off", "--top-k", 1, "--home", home)
+    assert decision["candidates"][0]["task"] == "home-intent"
+
+
+def test_a_catalog_that_does_not_is_refused(home: Path) -> None:
+    error = promptyard("encoders", "use", "all-MiniLM-L6-v2", "--home", home, exit_code=3)["error"]
+    assert error["reason"] == "REGISTRATION_REFUSED"
+    assert "home-intent" in error["value"]
+    assert "--keep-text" in error["remedy"]

@@ -1,4 +1,4 @@
-"""Commands about encoders: encoders."""
+"""Commands about encoders: encoders, encoders use."""
 
 from __future__ import annotations
 
@@ -111,6 +111,41 @@ def encoders(
                 print_error(f"encoder {name}", failure)
     if failures:
         raise typer.Exit(1)
+
+
+@app.command()
+def use(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="all-MiniLM-L6-v2, fast, a hub name or a folder.")
+    ],
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Embed the catalog's tasks again with another encoder, and publish that.
+
+    promptyard encoders use fast
+
+    Every live task gets a next revision with the same prompt. Needs the texts of all of them
+    (register --keep-text), and refuses where those of any were not kept. From then on name the
+    encoder with --encoder or PROMPTYARD_ENCODER; a server that runs the other one goes on with the
+    revision that it has.
+    """
+    with errors_for_people(as_json):
+        from router.bootstrap import load_encoder
+        from router.catalog import CatalogReader
+        from router.threads import one_blas_thread
+        from trainer.cli.published import print_published
+        from trainer.switching import switch_encoder
+        from trainer.workshop import Workshop
+
+        folder = home_folder(home)
+        CatalogReader(folder).close()
+        with (
+            Workshop(folder, load_encoder(name)) as workshop,
+            one_blas_thread(),
+            progress_bars() as progress,
+        ):
+            print_published(switch_encoder(workshop, progress), as_json)
 
 
 def _fingerprint_of_home(home: Path | None) -> str | None:

@@ -123,6 +123,14 @@ def register(
     drop_duplicates: Annotated[
         bool, typer.Option("--drop-duplicates", help="Keep the first of repeated inputs.")
     ] = False,
+    keep_text: Annotated[
+        bool,
+        typer.Option(
+            "--keep-text",
+            help="Store inputs and outputs in the home, as they are, so that `promptyard encoders "
+            "use` can embed them again. Default: no text is stored.",
+        ),
+    ] = False,
     force: Annotated[
         str,
         typer.Option(
@@ -228,6 +236,7 @@ def register(
                     metric=metric,
                     template=template,
                     challenger=challenger,
+                    keep_text=keep_text,
                 )
             ]
         result = _register(
