@@ -26,6 +26,7 @@ from router.fitting import (
 from router.head import CALIBRATION_LEVELS, Head, empty_head
 from router.interfaces import FloatArray
 from router.statistics import Moments, PooledMoments
+from router.sums_only import thresholds_without_rows
 from router.tasks import Policy, TaskKey
 from router.weighing import weigh
 
@@ -56,6 +57,11 @@ class _Weights:
     closeness: float = 0.0
 
 
+# Where no row is kept: what the terms count as they are, likelihood ratios times two. A score of
+# 0 is then that of a text which is as likely to be of the task as text in general.
+_WEIGHTS_WITHOUT_ROWS = _Weights((_RATIO_SHARE / 2, (1 - _RATIO_SHARE) / 2, 0.0))
+
+
 def compile_head(
     pool: PooledMoments,
     *,
@@ -69,6 +75,8 @@ def compile_head(
     if not tasks:
         return empty_head(encoder, dimension)
     near = policy.head == "auto" and examples_per_task(len(tasks)) > 0
+    # Closeness to nothing cannot be compared with closeness to rows.
+    near = near and all(task.sums is None for task in tasks)
     fitter: Fitter = fit_nearest_mean
     if policy.head != "nearest-mean":
         fitter = lda_fitter(background, with_cosine=not near)
@@ -88,11 +96,13 @@ def compile_head(
         closeness = Closeness(examples, 1.0) if examples is not None else None
         weights = _Weights((1.0,))
         if policy.head != "nearest-mean":
-            weights = _weigh(fitting, folds, closeness)
+            weights = _weigh(fitting, folds, closeness) if folds else _WEIGHTS_WITHOUT_ROWS
         counts = closeness is not None and weights.closeness > 0
         closeness = closeness.weighing(weights.closeness) if closeness and counts else None
         held_out = fitting.score(folds, weights.terms, closeness)
     thresholds, margin = _calibrate(held_out, len(tasks), policy)
+    if not folds:
+        thresholds = thresholds_without_rows(policy.head, tasks, policy.false_reject_rate)
     decided = np.where(held_out.best >= thresholds[held_out.winner], held_out.winner, REJECTED)
     term = combine(whole, weights.terms)
     return Head(
@@ -230,6 +240,12 @@ def _summary(
     margin: float,
     policy: Policy,
 ) -> dict[str, float]:
+    if not len(decided):
+        return {
+            "held_out_rows": 0.0,
+            "false_reject_rate": policy.false_reject_rate,
+            "ambiguous_rate": policy.ambiguous_rate,
+        }
     rejected = decided == REJECTED
     ambiguous = ~rejected & (scores.best - scores.runner_up < margin)
     return {

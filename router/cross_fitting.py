@@ -93,14 +93,15 @@ class CrossFitting:
     def fit(self, fitter: Fitter, for_folds: Callable[[Moments], Fitter]) -> tuple[Fit, list[Fold]]:
         """The fit to all rows, and the folds that have rows, each with a fit without it.
 
-        `for_folds` makes the fitter of the folds from the moments of all rows.
+        `for_folds` makes the fitter of the folds from the moments of all rows. Tasks that keep
+        statistics only are in every fit, and in no fold.
         """
         by_fold = list(self._threads.map(self._pool.of_fold, range(FOLDS)))
-        total = added(by_fold)
+        total = added([*by_fold, self._pool.without_rows()])
         whole = self._threads.submit(fitter, total)
         # With one row in all there is nothing else to fit to.
         filled = [fold for fold in range(FOLDS) if by_fold[fold].counts.any()]
-        if len(filled) == 1:
+        if len(filled) == 1 and total.counts.sum() == by_fold[filled[0]].counts.sum():
             return whole.result(), [self._fold(filled[0], whole.result())]
         fold_fitter = for_folds(total)
         folds = self._threads.map(

@@ -33,11 +33,14 @@ from router.interfaces import FloatArray
 from router.label_classifier import LabelClassifier
 from router.rejection import RejectionPolicy
 from router.snapshot import Challenger, Snapshot
-from router.statistics import PooledMoments, TaskStatistics
+from router.statistics import PooledMoments, TaskStatistics, TaskSums
 from router.tasks import PromptMethod, ServedTask, SoftPrompt, TaskKey, TaskRecord
 
 EMBEDDINGS_TENSOR = "embeddings"
 CLUSTERS_TENSOR = "clusters"
+COUNTS_TENSOR = "counts"
+SUMS_TENSOR = "sums"
+GRAM_TENSOR = "second_moments"
 CLASSIFIER_TENSOR = "label_rows"
 PROMPT_TENSOR = "prompt_embeddings"
 PREFIX_TENSOR = "prefix_keys_and_values"
@@ -205,12 +208,14 @@ def check_encoder(catalog: str, running: str) -> None:
 
 
 def read_statistics(artifacts: ArtifactReader, record: TaskRecord) -> TaskStatistics:
-    """The stored rows of a task.
+    """The stored rows of a task, or the sums over them where that is all that was kept.
 
     Raises:
         CorruptArtifactError: missing, damaged or inconsistent.
     """
     digest = record.embeddings_sha256
+    if record.statistics_only:
+        return _read_sums(artifacts, record)
     try:
         embeddings = artifacts.read_tensor(digest, EMBEDDINGS_TENSOR, np.int16)
         clusters = artifacts.read_tensor(digest, CLUSTERS_TENSOR, np.int16, width=1)[:, 0]
@@ -224,6 +229,33 @@ def read_statistics(artifacts: ArtifactReader, record: TaskRecord) -> TaskStatis
         )
     return TaskStatistics(
         record.key, cast("NDArray[np.int16]", embeddings), cast("NDArray[np.int16]", clusters)
+    )
+
+
+def _read_sums(artifacts: ArtifactReader, record: TaskRecord) -> TaskStatistics:
+    digest = record.embeddings_sha256
+    try:
+        sums = artifacts.read_tensor(digest, SUMS_TENSOR, np.int64)
+        counts = artifacts.read_tensor(digest, COUNTS_TENSOR, np.int64, width=1)[:, 0]
+        dimension = sums.shape[1]
+        width = dimension * (dimension + 1) // 2
+        triangle = artifacts.read_tensor(digest, GRAM_TENSOR, np.int64, width)
+    except CorruptArtifactError as error:
+        raise CorruptArtifactError(
+            f"routing sums of {record.key}, {error.field}", error.value, error.remedy
+        ) from error
+    if len(sums) != len(counts) or len(triangle) != 1 or int(counts.sum()) != record.data.rows:
+        raise CorruptArtifactError(
+            f"routing sums of {record.key}", "inconsistent", "register the task again"
+        )
+    gram = np.zeros((dimension, dimension))
+    gram[np.triu_indices(dimension)] = triangle[0]
+    gram += np.triu(gram, 1).T
+    return TaskStatistics(
+        record.key,
+        np.zeros((0, dimension), np.int16),
+        np.zeros(0, np.int16),
+        TaskSums(counts.astype(np.float64), sums.astype(np.float64), gram),
     )
 
 

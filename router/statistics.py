@@ -25,15 +25,34 @@ ExactArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
+class TaskSums:
+    """Exact sums over the rows of a task that keeps no embeddings, in the units of `Moments`.
+
+    counts `[M]` and sums `[M, D]` are per cluster, gram `[D, D]` is over all rows.
+    """
+
+    counts: ExactArray
+    sums: ExactArray
+    gram: ExactArray
+
+
+@dataclass(frozen=True, slots=True)
 class TaskStatistics:
     """The rows of a task: fixed-point embeddings `[n, D]` int16 and their cluster `[n]`.
 
     Row i is in fold `i % FOLDS`: rows are stored in an order that does not depend on the file's.
+    A task that keeps statistics only has no rows here, and `sums` instead.
     """
 
     key: TaskKey
     embeddings: NDArray[np.int16]
     clusters: NDArray[np.int16]
+    sums: TaskSums | None = None
+
+    @property
+    def cluster_count(self) -> int:
+        """How many clusters the rows are in."""
+        return int(self.clusters.max()) + 1 if self.sums is None else len(self.sums.counts)
 
     @property
     def folds(self) -> NDArray[np.int64]:
@@ -53,6 +72,16 @@ def to_fixed_point(vectors: FloatArray) -> NDArray[np.int16]:
         np.int16
     )
     return fixed
+
+
+def sums_of(embeddings: NDArray[np.int16]) -> TaskSums:
+    """What a task keeps of its embeddings `[n, D]` in statistics-only mode: one cluster of them.
+
+    (The sum of a small cluster would tell its rows.)
+    """
+    rows = embeddings.astype(np.float64)
+    with one_blas_thread():
+        return TaskSums(np.array([float(len(rows))]), rows.sum(0, keepdims=True), rows.T @ rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +118,7 @@ class PooledMoments:
 
     def __init__(self, dimension: int) -> None:
         self._grams = np.zeros((FOLDS, dimension, dimension))
+        self._gram_without_rows = np.zeros((dimension, dimension))
         self._tasks: dict[TaskKey, TaskStatistics] = {}
 
     @property
@@ -113,7 +143,7 @@ class PooledMoments:
     def of_fold(self, fold: int) -> Moments:
         """The `Moments` of the rows of one fold. (Exact: the order of addition does not matter.)"""
         tasks = self.tasks
-        first = np.cumsum([0, *(int(task.clusters.max()) + 1 for task in tasks)])
+        first = np.cumsum([0, *(task.cluster_count for task in tasks)])
         cluster = np.concatenate(
             [start + task.clusters[fold::FOLDS] for start, task in zip(first, tasks, strict=False)]
         )
@@ -130,11 +160,29 @@ class PooledMoments:
             self._grams[fold],
         )
 
+    def without_rows(self) -> Moments:
+        """The `Moments` of the tasks that keep statistics only: they belong to no fold."""
+        tasks = self.tasks
+        dimension = len(self._gram_without_rows)
+        counts = [np.zeros(t.cluster_count) if t.sums is None else t.sums.counts for t in tasks]
+        sums = [
+            np.zeros((t.cluster_count, dimension)) if t.sums is None else t.sums.sums for t in tasks
+        ]
+        return Moments(
+            np.concatenate(counts),
+            np.concatenate(sums),
+            np.repeat(np.arange(len(tasks)), [t.cluster_count for t in tasks]),
+            self._gram_without_rows,
+        )
+
     def total(self) -> Moments:
-        """The `Moments` of all rows."""
-        return added(self.by_fold())
+        """The `Moments` of all rows, kept or not."""
+        return added([*self.by_fold(), self.without_rows()])
 
     def _accumulate(self, task: TaskStatistics, sign: float) -> None:
+        if task.sums is not None:
+            self._gram_without_rows += sign * task.sums.gram
+            return
         for fold in range(FOLDS):
             rows = task.embeddings[fold::FOLDS].astype(np.float64)
             self._grams[fold] += sign * (rows.T @ rows)

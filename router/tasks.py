@@ -114,6 +114,7 @@ class TaskRecord:
 
     `template` makes the base model's input of a text and its passages (`router.templates`); empty
     is the default one. `texts_sha256` is the file of the task's texts, where they were kept.
+    `statistics_only`: `embeddings_sha256` is a file of sums over the embeddings, which were not.
     """
 
     name: str
@@ -131,6 +132,7 @@ class TaskRecord:
     template: str = ""
     classifier: ClassifierSummary | None = None
     texts_sha256: str = ""
+    statistics_only: bool = False
 
     @property
     def key(self) -> TaskKey:
@@ -140,7 +142,7 @@ class TaskRecord:
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces. Its SHA-256 is the record's digest."""
         document = asdict(self)
-        for later in ("template", "classifier", "texts_sha256"):
+        for later in ("template", "classifier", "texts_sha256", "statistics_only"):
             if not document[later]:
                 del document[later]
         if document["prompt"] is not None:

@@ -30,7 +30,8 @@ class RegisterTask:
     `with_classifier`: fit a label classifier beside the prompt, where the outputs are a closed set.
     `challenger` is a share (`10%`) or `shadow`, with `revise`: the next revision is tried beside
     the current one (`router.challengers`). `keep_text` stores inputs and outputs in the home, so
-    that another encoder can embed them (`trainer.switching`).
+    that another encoder can embed them (`trainer.switching`). `statistics_only` stores
+    sums over the embeddings, and none of them.
     """
 
     name: str
@@ -49,6 +50,7 @@ class RegisterTask:
     with_classifier: bool = True
     challenger: str = ""
     keep_text: bool = False
+    statistics_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)

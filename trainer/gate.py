@@ -188,7 +188,7 @@ def check(report: GateReport, unforced: Collection[TaskKey], limit: float) -> No
 
 
 def _share(decided: NDArray[np.int32], number: int) -> float:
-    return float((decided == number).mean())
+    return float((decided == number).mean()) if len(decided) else 0.0
 
 
 def _in_words(tasks: Sequence[TaskKey], report: GateReport) -> str:

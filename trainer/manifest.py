@@ -30,7 +30,7 @@ _TEXTS = (
 _FOLDERS = ("prompt_from",)
 _FLAGS = (
     *("with_prompt", "with_classifier", "free_text", "drop_duplicates", "revise"),
-    *("keep_text",),
+    *("keep_text", "statistics_only"),
 )
 
 

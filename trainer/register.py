@@ -20,10 +20,13 @@ from router.interfaces import Embeddings, FloatArray, LanguageModel
 from router.loading import (
     CLASSIFIER_TENSOR,
     CLUSTERS_TENSOR,
+    COUNTS_TENSOR,
     EMBEDDINGS_TENSOR,
+    GRAM_TENSOR,
     PROMPT_TENSORS,
+    SUMS_TENSOR,
 )
-from router.statistics import to_fixed_point
+from router.statistics import sums_of, to_fixed_point
 from router.tasks import ClassifierSummary, PromptSummary, TaskRecord
 from router.templates import fill
 from trainer.admission import Registered, SuspectInput
@@ -315,7 +318,9 @@ def _store(
         outputs=task.outputs,
         data=summarise(task.file, len(task.train), len(task.validation)),
         encoder=workshop.encoder.fingerprint,
-        embeddings_sha256=store_rows(workshop, embeddings.vectors),
+        embeddings_sha256=store_rows(
+            workshop, embeddings.vectors, statistics_only=request.statistics_only
+        ),
         prompt=prompt,
         forced_reason=request.force,
         template=request.template,
@@ -323,11 +328,25 @@ def _store(
         texts_sha256=(
             keep_texts(workshop.artifacts, task.file.examples) if request.keep_text else ""
         ),
+        statistics_only=request.statistics_only,
     )
 
 
-def store_rows(workshop: Workshop, vectors: FloatArray) -> str:
-    """Store a task's embeddings `[n, D]` with their clusters; returns the file's digest."""
+def store_rows(workshop: Workshop, vectors: FloatArray, *, statistics_only: bool = False) -> str:
+    """Store a task's embeddings `[n, D]` with their clusters; returns the file's digest.
+
+    With `statistics_only` the sums over them, and not themselves.
+    """
+    if statistics_only:
+        sums = sums_of(to_fixed_point(vectors))
+        triangle = sums.gram[np.triu_indices(len(sums.gram))]
+        return workshop.artifacts.write_tensors(
+            {
+                COUNTS_TENSOR: sums.counts[:, None].astype(np.int64),
+                SUMS_TENSOR: sums.sums.astype(np.int64),
+                GRAM_TENSOR: triangle[None].astype(np.int64),
+            }
+        )
     return workshop.artifacts.write_tensors(
         {
             EMBEDDINGS_TENSOR: to_fixed_point(vectors),

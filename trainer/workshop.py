@@ -287,9 +287,12 @@ class Workshop:
         return self._statistics[key]
 
     def _rows(self, key: TaskKey) -> int:
-        """How many rows a task has; also of one whose stored rows are damaged, to retire it."""
+        """How many rows a task keeps; also of one whose stored rows are damaged, to retire it."""
         statistics = self._statistics.get(key)
-        return len(statistics.embeddings) if statistics else self.catalog.record(key).data.rows
+        if statistics is not None:
+            return len(statistics.embeddings)
+        record = self.catalog.record(key)
+        return 0 if record.statistics_only else record.data.rows
 
     def _read_head_if_whole(self, revision: int) -> Head | None:
         """The compiled head of a revision; None where its file is damaged."""

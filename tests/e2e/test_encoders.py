@@ -136,3 +136,22 @@ def test_a_catalog_that_does_not_is_refused(home: Path) -> None:
     assert error["reason"] == "REGISTRATION_REFUSED"
     assert "home-intent" in error["value"]
     assert "--keep-text" in error["remedy"]
+
+
+def test_a_task_that_keeps_no_embeddings_is_routed_to_and_says_what_is_lost(
+    tmp_path: Path,
+) -> None:
+    home = tmp_path / "home"
+    for name, flags in ((TASKS[0], ("--statistics-only",)), (TASKS[1], ())):
+        promptyard(
+            *("register", name, "--data", EXAMPLES / f"{name}.jsonl", "--no-prompt", *flags),
+            *("--home", home, "--encoder", "fast"),
+        )
+    [decision] = promptyard(
+        *("route", "switch the kitchen light off", "--home", home, "--encoder", "fast")
+    )
+    assert decision["task"] == "home-intent"
+    shown = promptyard("show", TASKS[0], "--home", home)
+    assert shown["statistics_only"]
+    assert any("held out" in each for each in shown["lost"])
+    assert "lost" not in promptyard("show", TASKS[1], "--home", home)

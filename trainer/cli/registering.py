@@ -131,6 +131,14 @@ def register(
             "use` can embed them again. Default: no text is stored.",
         ),
     ] = False,
+    statistics_only: Annotated[
+        bool,
+        typer.Option(
+            "--statistics-only",
+            help="Keep no embeddings of the rows, but sums over all of them; see "
+            "docs/operations.md for what that costs.",
+        ),
+    ] = False,
     force: Annotated[
         str,
         typer.Option(
@@ -237,6 +245,7 @@ def register(
                     template=template,
                     challenger=challenger,
                     keep_text=keep_text,
+                    statistics_only=statistics_only,
                 )
             ]
         result = _register(

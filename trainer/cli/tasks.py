@@ -37,6 +37,15 @@ Force = Annotated[
 ]
 
 
+_LOST_WITHOUT_EMBEDDINGS = (
+    "no row is held out: the threshold is that of all tasks together, and what is said of a "
+    "publish, by the gate and of drift leaves this task's own rows out",
+    "the head `auto` looks at no stored rows while this task is live",
+    "the task has one centroid",
+    "explanations show no examples of it",
+)
+
+
 def add_to(app: typer.Typer) -> None:
     """Mount the commands."""
     app.command("list")(list_tasks)
@@ -109,7 +118,7 @@ def show(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="The file that the task was registered from: no text is stored without --keep-text."
+            help="The file that the task was registered from; not needed where it keeps texts."
         ),
     ] = None,
     input_field: Annotated[str, typer.Option(help="Name of the column with inputs.")] = "input",
@@ -145,6 +154,8 @@ def show(
             "history": [{"catalog_revision": at, "task_revision": to} for at, to in history],
             "policy": asdict(head.policy),
         }
+        if record.statistics_only:
+            document["lost"] = list(_LOST_WITHOUT_EMBEDDINGS)
         if as_json:
             print_json(document)
             return
