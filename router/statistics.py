@@ -8,7 +8,7 @@ subtracting a task leaves exactly what was there before it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ from router.threads import one_blas_thread
 
 FIXED_POINT = float(1 << 15)
 FOLDS = 10
+_CHUNK_ROWS = 4096
 
 ExactArray = NDArray[np.float64]
 
@@ -120,21 +121,31 @@ class PooledMoments:
         self._grams = np.zeros((FOLDS, dimension, dimension))
         self._gram_without_rows = np.zeros((dimension, dimension))
         self._tasks: dict[TaskKey, TaskStatistics] = {}
+        self._in_order: list[TaskStatistics] = []
+        # Of each task: those of all its rows, so that they need not be read again.
+        self._sums: dict[TaskKey, TaskSumsByCluster] = {}
 
     @property
     def tasks(self) -> list[TaskStatistics]:
         """The tasks in the pool, in canonical order."""
-        return [self._tasks[key] for key in sorted(self._tasks)]
+        return self._in_order
 
     def update(self, tasks: Iterable[TaskStatistics]) -> None:
         """Make the pool hold exactly `tasks`."""
         wanted = {task.key: task for task in tasks}
+        going = [self._tasks[key] for key in self._tasks.keys() - wanted.keys()]
+        coming = [wanted[key] for key in wanted.keys() - self._tasks.keys()]
         with one_blas_thread():
-            for key in set(self._tasks) - set(wanted):
-                self._accumulate(self._tasks.pop(key), -1.0)
-            for key in set(wanted) - set(self._tasks):
-                self._accumulate(wanted[key], 1.0)
-                self._tasks[key] = wanted[key]
+            self._accumulate(going, np.subtract)
+            self._accumulate(coming, np.add)
+        for task in going:
+            del self._tasks[task.key], self._sums[task.key]
+        for task in coming:
+            self._tasks[task.key] = task
+            self._sums[task.key] = _sums_by_cluster(task)
+        self._in_order = sorted(
+            self._tasks.values(), key=lambda task: (task.key.name, task.key.revision)
+        )
 
     def by_fold(self) -> list[Moments]:
         """One `Moments` per fold, all with the same clusters."""
@@ -177,15 +188,76 @@ class PooledMoments:
 
     def total(self) -> Moments:
         """The `Moments` of all rows, kept or not."""
-        return added([*self.by_fold(), self.without_rows()])
+        sums = [self._sums[task.key] for task in self.tasks]
+        return Moments(
+            np.concatenate([each.counts for each in sums]),
+            np.concatenate([each.sums for each in sums]),
+            np.repeat(np.arange(len(sums)), [len(each.counts) for each in sums]),
+            self._grams.sum(0) + self._gram_without_rows,
+        )
 
-    def _accumulate(self, task: TaskStatistics, sign: float) -> None:
-        if task.sums is not None:
-            self._gram_without_rows += sign * task.sums.gram
-            return
+    def held_out(self, chosen: Sequence[NDArray[np.int64]]) -> Moments:
+        """The sums of the tasks of which rows are `chosen` `[K][n_k]`, less those of these rows.
+
+        `gram` is empty. Clusters that are left without rows are not among them.
+        """
+        counts, sums, numbers = [], [], []
+        for number, (task, rows) in enumerate(zip(self.tasks, chosen, strict=True)):
+            if not len(rows):
+                continue
+            all_rows, clusters = self._sums[task.key], task.clusters[rows]
+            left, less = all_rows.counts.copy(), all_rows.sums.copy()
+            np.subtract.at(left, clusters, 1.0)
+            np.subtract.at(less, clusters, task.embeddings[rows].astype(np.float64))
+            counts.append(left[left > 0])
+            sums.append(less[left > 0])
+            numbers.append(np.full(int((left > 0).sum()), number))
+        return Moments(
+            np.concatenate(counts), np.concatenate(sums), np.concatenate(numbers), np.zeros((0, 0))
+        )
+
+    def _accumulate(self, tasks: Sequence[TaskStatistics], change: np.ufunc) -> None:
+        """Add the second moments of `tasks`, or subtract them: many rows in one product."""
+        for task in tasks:
+            if task.sums is not None:
+                change(self._gram_without_rows, task.sums.gram, out=self._gram_without_rows)
+        kept = [task.embeddings for task in tasks if task.sums is None]
         for fold in range(FOLDS):
-            rows = task.embeddings[fold::FOLDS].astype(np.float64)
-            self._grams[fold] += sign * (rows.T @ rows)
+            for rows in _in_chunks([embeddings[fold::FOLDS] for embeddings in kept]):
+                change(self._grams[fold], rows.T @ rows, out=self._grams[fold])
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSumsByCluster:
+    """Exact counts `[M]` and sums `[M, D]` over all rows of a task's clusters."""
+
+    counts: ExactArray
+    sums: ExactArray
+
+
+def _sums_by_cluster(task: TaskStatistics) -> TaskSumsByCluster:
+    if task.sums is not None:
+        return TaskSumsByCluster(task.sums.counts, task.sums.sums)
+    sums = np.zeros((task.cluster_count, task.embeddings.shape[1]))
+    for cluster in range(task.cluster_count):
+        sums[cluster] = task.embeddings[task.clusters == cluster].sum(0, dtype=np.int64)
+    return TaskSumsByCluster(
+        np.bincount(task.clusters, minlength=task.cluster_count).astype(np.float64), sums
+    )
+
+
+def _in_chunks(parts: Sequence[NDArray[np.int16]]) -> Iterator[ExactArray]:
+    """Rows of many tasks `[about _CHUNK_ROWS, D]` at a time, as numbers to multiply."""
+    waiting: list[NDArray[np.int16]] = []
+    count = 0
+    for part in parts:
+        waiting.append(part)
+        count += len(part)
+        if count >= _CHUNK_ROWS:
+            yield np.concatenate(waiting).astype(np.float64)
+            waiting, count = [], 0
+    if count:
+        yield np.concatenate(waiting).astype(np.float64)
 
 
 def added(parts: Sequence[Moments]) -> Moments:

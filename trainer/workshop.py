@@ -219,7 +219,13 @@ class Workshop:
                 arriving = sorted({challenge.key} - {each.key for each in stood})
                 arrived = challengers[challenge]
             if gate_limit is not None and arriving:
-                gate = measure(before, arrived, rows, arriving)
+                gate = measure(
+                    before,
+                    arrived,
+                    rows,
+                    arriving,
+                    lambda key: self._task_statistics(key, new).vectors,
+                )
                 forced = {record.key for record in records if record.forced_reason}
                 check(gate, () if force else {*arriving} - forced, gate_limit)
             content = head.to_bytes()
