@@ -23,6 +23,7 @@ from router.tenants import tenant_home
 from router.turns import Turns, TurnTakingEncoder
 
 if TYPE_CHECKING:
+    from router.cascade import FastModel
     from router.decision_log import DecisionLog
     from router.loading import ServedModels
     from router.tenant_routers import TenantRouters
@@ -56,6 +57,15 @@ def load_encoder(name: str = DEFAULT_ENCODER, *, device: str = "auto", threads: 
     if name == DEFAULT_ENCODER:
         return TorchMiniLM(device)
     return TorchEncoder(name, device="cpu" if device == "auto" else device)
+
+
+def load_fast_model() -> FastModel:
+    """The fast encoder of a cascade."""
+    from router.background import measure_background
+    from router.cascade import FastModel
+
+    encoder = load_encoder(FAST_ENCODER)
+    return FastModel(encoder, measure_background(encoder))
 
 
 def load_base_model(
@@ -109,6 +119,7 @@ def load_models(settings: ServerSettings) -> Models:
         encoder.dimension,
         measure_background(encoder),
         None if base_model is None else base_model.fingerprint,
+        load_fast_model() if settings.cascade else None,
     )
     # The first run of a graph allocates its memory, which the first caller should not wait for.
     encoder.encode(["warm up"])

@@ -28,6 +28,7 @@ from router.whitening import whitening_of
 RealArray = NDArray[np.floating[Any]]
 
 _PRIOR_ROWS = 15.0
+_SHORTEST = 1e-12
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,9 @@ def fit_nearest_mean(moments: Moments) -> Fit:
     """One row per task: its normalised mean."""
     tasks, first = np.unique(moments.task_of, return_index=True)
     sums = _added_up(moments.sums, first)
-    rows = np.concatenate([_unit(sums), np.zeros((len(tasks), 1))], axis=1)
+    rows = np.zeros((len(tasks), sums.shape[1] + 1))
+    norms = np.linalg.norm(sums, axis=1, keepdims=True)
+    np.divide(sums, np.maximum(norms, _SHORTEST), out=rows[:, :-1])
     return Fit((Term(rows),), np.zeros(sums.shape[1]), tasks)
 
 
@@ -252,4 +255,4 @@ def _inverse(matrix: RealArray) -> RealArray:
 
 def _unit(vectors: RealArray) -> RealArray:
     norms: RealArray = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.maximum(norms, 1e-12)
+    return vectors / np.maximum(norms, _SHORTEST)

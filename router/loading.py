@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import structlog
@@ -34,7 +34,10 @@ from router.label_classifier import LabelClassifier
 from router.rejection import RejectionPolicy
 from router.snapshot import Challenger, Snapshot
 from router.statistics import PooledMoments, TaskStatistics, TaskSums
-from router.tasks import PromptMethod, ServedTask, SoftPrompt, TaskKey, TaskRecord
+from router.tasks import Policy, PromptMethod, ServedTask, SoftPrompt, TaskKey, TaskRecord
+
+if TYPE_CHECKING:
+    from router.cascade import Cascade, FastModel
 
 EMBEDDINGS_TENSOR = "embeddings"
 CLUSTERS_TENSOR = "clusters"
@@ -51,12 +54,16 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ServedModels:
-    """What the running models demand of a catalog. `base_model` is None where none is loaded."""
+    """What the running models demand of a catalog.
+
+    `base_model` is None where none is loaded, `fast` where there is no cascade.
+    """
 
     encoder: str
     dimension: int
     background: Background = field(repr=False)
     base_model: str | None = None
+    fast: FastModel | None = None
 
 
 class SnapshotLoader:
@@ -91,7 +98,24 @@ class SnapshotLoader:
         rejection = RejectionPolicy.parse(about.policy.on_unknown, f"policy of revision {revision}")
         head = self._head(catalog, about, about.head_sha256, live)
         challengers, broken = self._challengers(catalog, about, tasks, rejection, previous)
-        return Snapshot.build(revision, head, tasks, rejection, challengers, broken)
+        snapshot = Snapshot.build(revision, head, tasks, rejection, challengers, broken)
+        return replace(snapshot, cascade=self._cascade(snapshot, about.policy))
+
+    def _cascade(self, snapshot: Snapshot, policy: Policy) -> Cascade | None:
+        """What decides first, where there is a fast encoder; without it all is decided as ever."""
+        from router.cascade import build_cascade  # which reads statistics, as this module does
+
+        fast = self._models.fast
+        if fast is None or not snapshot.tasks:
+            return None
+        if snapshot.challengers:
+            _log.warning("no cascade", problem="challengers are tried by the full encoder")
+            return None
+        try:
+            return build_cascade(self._artifacts, snapshot.tasks, snapshot.revision, policy, fast)
+        except PromptyardError as error:
+            _log.warning("no cascade", problem=str(error))
+            return None
 
     def _challengers(
         self,

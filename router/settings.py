@@ -45,7 +45,8 @@ class ServerSettings:
     Prometheus scrapes; without it nothing is counted. Without `tokens` (a file, see
     `router.access`) everybody who reaches the server may call everything. Without `tls` only this
     machine can reach it, unless `insecure` says that others may. `cache_mib` bounds the memory for
-    embeddings of texts that were seen lately; 0 remembers none. `log_calls` logs one line a call.
+    embeddings of texts that were seen lately; 0 remembers none. `cascade` lets the fast encoder
+    decide what it is sure of (`router.cascade`). `log_calls` logs one line a call.
     `decision_log` is the file for a `decision_log_share` of all decisions (see
     `router.decision_log`), which takes `decision_log_mib` at most. Tokens may name up to
     `max_tenants` tenants; queues, `max_calls` and `cache_mib` are each one's.
@@ -69,6 +70,7 @@ class ServerSettings:
     max_connection_calls: int = 200
     max_tenants: int = DEFAULT_MAX_TENANTS
     cache_mib: float = 64.0
+    cascade: bool = False
     decision_log: Path | None = None
     decision_log_share: float = 1.0
     decision_log_mib: float = 64.0
@@ -79,6 +81,16 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         """Raises InvalidInputError: a value that no server could work with."""
+        if self.cascade and self.encoder == FAST_ENCODER:
+            raise InvalidInputError(
+                "cascade", f"with the encoder {self.encoder}", "leave it out: all is decided fast"
+            )
+        if self.cascade and self.decision_log is not None:
+            raise InvalidInputError(
+                "cascade",
+                "with a decision log",
+                "leave one of them out: drift cannot compare the scores of two encoders",
+            )
         _check_address("listen", self.listen)
         if self.tls is None and not self.insecure and not _is_loopback(self.listen):
             raise InvalidInputError(

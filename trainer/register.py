@@ -38,12 +38,12 @@ from trainer.commands import PolicyChange, RegisterTask
 from trainer.data import Example, summarise
 from trainer.gate import DEFAULT_GATE_LIMIT, InterferenceError
 from trainer.initialisation import Start
-from trainer.kept_texts import keep_texts
 from trainer.label_classifier import PROMPT_WEIGHT, fit_classifier
 from trainer.nearest_prompts import nearest_prompts
 from trainer.preparing import Prepared, prepare
 from trainer.prompt_import import import_prompt
 from trainer.prompt_quality import LabelledRow, Quality
+from trainer.text_keeping import keep_texts
 from trainer.tuned_prompt import TunedPrompt, TuningFailure, training_curve
 from trainer.tuning import tune
 from trainer.tuning_settings import TuningJob, TuningSettings

@@ -11,10 +11,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from router.errors import InvalidInputError, RefusedError
+from router.kept_texts import KeptText, kept_texts
 from router.loading import CLASSIFIER_TENSOR
 from router.tasks import ClassifierSummary, TaskRecord
 from trainer.catalog_writer import now
-from trainer.kept_texts import KeptText, kept_texts
 from trainer.label_classifier import fit_classifier
 from trainer.register import Progress, embed, store_rows
 from trainer.workshop import Published, Workshop

@@ -129,6 +129,25 @@ def test_a_catalog_that_keeps_its_texts_goes_over_to_another_encoder(tmp_path: P
     assert published["report"]["held_out_accuracy"] > 0.95
     [decision] = promptyard("route", "switch the light off", "--top-k", 1, "--home", home)
     assert decision["candidates"][0]["task"] == "home-intent"
+    data = tmp_path / "rows.jsonl"
+    lines = (EXAMPLES / "home-intent.jsonl").read_text().splitlines()[:30]
+    data.write_text(
+        "".join(f"{json.dumps({**json.loads(line), 'task': 'home-intent'})}\n" for line in lines)
+    )
+    report = promptyard("evaluate", "routing", "--data", data, "--cascade", "--home", home)
+    assert 0 < report["cascade"]["decided_fast"] <= 1
+    assert report["cascade"]["accuracy"] > 0.9
+
+
+def test_a_cascade_needs_the_texts_and_another_encoder_than_the_fast_one(
+    home: Path, labelled: Path
+) -> None:
+    error = promptyard(
+        *("evaluate", "routing", "--data", labelled, "--cascade", "--unknown-as-oos"),
+        *("--home", home, "--encoder", "fast"),
+        exit_code=2,
+    )["error"]
+    assert error["field"] == "--cascade"
 
 
 def test_a_catalog_that_does_not_is_refused(home: Path) -> None:

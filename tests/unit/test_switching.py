@@ -15,6 +15,7 @@ from router.errors import (
     RefusedError,
 )
 from router.interfaces import Embeddings
+from router.kept_texts import KeptText, kept_texts
 from router.loading import SnapshotLoader, read_statistics
 from router.statistics import to_fixed_point
 from router.tasks import TaskKey, TaskRecord
@@ -33,7 +34,6 @@ from trainer import lifecycle
 from trainer.challenges import start_challenge
 from trainer.commands import RegisterTask
 from trainer.data import read_labelled
-from trainer.kept_texts import KeptText, kept_texts
 from trainer.register import register
 from trainer.switching import switch_encoder
 from trainer.tuning_settings import TuningSettings

@@ -249,7 +249,7 @@ def _show_kept_row(folder: Path, record: TaskRecord, row: int, as_json: bool) ->
     """Show a stored row of a task that keeps its texts."""
     from router.artifacts import ArtifactReader
     from router.catalog import ARTIFACTS_FOLDER
-    from trainer.kept_texts import kept_texts
+    from router.kept_texts import kept_texts
 
     texts = kept_texts(ArtifactReader(folder / ARTIFACTS_FOLDER), record)
     _print_row(row, [(text.input, text.output) for text in texts], as_json)

@@ -6,14 +6,11 @@ Nothing of a text is stored otherwise. Kept texts are what another encoder can e
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from router.artifacts import ArtifactReader
 from router.errors import CorruptArtifactError
 from router.tasks import TaskRecord
-from trainer.artifact_writer import ArtifactWriter
-from trainer.data import Example
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +19,6 @@ class KeptText:
 
     input: str
     output: str
-
-
-def keep_texts(artifacts: ArtifactWriter, examples: Sequence[Example]) -> str:
-    """Store inputs and outputs, in the order of the task's stored rows; returns their digest."""
-    lines = (json.dumps([each.input, each.output], ensure_ascii=False) for each in examples)
-    return artifacts.write("".join(f"{line}\n" for line in lines).encode())
 
 
 def kept_texts(artifacts: ArtifactReader, record: TaskRecord) -> list[KeptText]:
