@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from router.answering import Answerer
+from router.errors import InvalidInputError
 from router.interfaces import (
     Encoder,
     LanguageModel,
@@ -25,11 +26,12 @@ from router.interfaces import (
 )
 from router.observing import UNOBSERVED
 from router.routing import Router
-from router.settings import DEFAULT_ENCODER, ServerSettings
+from router.settings import DEFAULT_ENCODER, FAST_ENCODER, ServerSettings
 from router.tenants import tenant_home
 from router.turns import Turns, TurnTakingEncoder
 
 if TYPE_CHECKING:
+    from router.cascade import FastModel
     from router.decision_log import DecisionLog
     from router.loading import ServedModels
     from router.tenant_routers import TenantRouters
@@ -42,11 +44,18 @@ def load_encoder(name: str = DEFAULT_ENCODER, *, device: str = "auto", threads: 
 
     The embedded one runs on ONNX Runtime unless another `device` than the CPU is named: a catalog
     belongs to one runtime, so that `auto` must not depend on the machine. `threads` are its own.
+    The `fast` one knows the CPU only.
 
     Raises:
-        InvalidInputError: there is no such model.
+        InvalidInputError: there is no such model, or not on that device.
         IncompatibleModelError: its weights are not what they should be.
     """
+    if name == FAST_ENCODER:
+        if device not in ("auto", "cpu"):
+            raise InvalidInputError("encoder device", device, f"{name} runs on the cpu")
+        from router.backends.static_encoder import StaticMiniLM
+
+        return StaticMiniLM()
     if name == DEFAULT_ENCODER and device in ("auto", "cpu"):
         from router.backends.onnx_encoder import OnnxMiniLM
 
@@ -56,6 +65,15 @@ def load_encoder(name: str = DEFAULT_ENCODER, *, device: str = "auto", threads: 
     if name == DEFAULT_ENCODER:
         return TorchMiniLM(device)
     return TorchEncoder(name, device="cpu" if device == "auto" else device)
+
+
+def load_fast_model() -> FastModel:
+    """The fast encoder of a cascade."""
+    from router.background import measure_background
+    from router.cascade import FastModel
+
+    encoder = load_encoder(FAST_ENCODER)
+    return FastModel(encoder, measure_background(encoder))
 
 
 def load_base_model(
@@ -120,6 +138,7 @@ def load_models(settings: ServerSettings, base_model: LanguageModel | None = Non
         encoder.dimension,
         when_needed(encoder),
         None if base_model is None else base_model.fingerprint,
+        load_fast_model() if settings.cascade else None,
     )
     # The first runs of a graph allocate its memory, which the first callers should not wait for.
     for texts in (1, settings.routing_batches.batch_items):

@@ -22,17 +22,22 @@ from router.fitting import (
     fit_nearest_mean,
     general_precision,
     lda_fitter,
+    shared_by_tasks,
 )
 from router.head import CALIBRATION_LEVELS, Head, empty_head
 from router.interfaces import FloatArray
-from router.statistics import Moments, PooledMoments
+from router.sampling import sampled_rows
+from router.statistics import Moments, PooledMoments, TaskStatistics
+from router.sums_only import thresholds_without_rows
 from router.tasks import Policy, TaskKey
 from router.weighing import weigh
 
 HEAD_KINDS = ("auto", "lda", "nearest-mean")
 
 REJECTED = -1
-_GONE = -2
+UNSCORED = -2
+"""A row of a catalog that is calibrated on a sample, and that is not in it."""
+_GONE = -3
 # A task's own threshold counts n / (n + 20) against the one of all tasks together.
 _SHRINKAGE_ROWS = 20
 # How many rows the terms are weighed on, about.
@@ -56,6 +61,11 @@ class _Weights:
     closeness: float = 0.0
 
 
+# Where no row is kept: what the terms count as they are, likelihood ratios times two. A score of
+# 0 is then that of a text which is as likely to be of the task as text in general.
+_WEIGHTS_WITHOUT_ROWS = _Weights((_RATIO_SHARE / 2, (1 - _RATIO_SHARE) / 2, 0.0))
+
+
 def compile_head(
     pool: PooledMoments,
     *,
@@ -69,6 +79,8 @@ def compile_head(
     if not tasks:
         return empty_head(encoder, dimension)
     near = policy.head == "auto" and examples_per_task(len(tasks)) > 0
+    # Closeness to nothing cannot be compared with closeness to rows.
+    near = near and all(task.sums is None for task in tasks)
     fitter: Fitter = fit_nearest_mean
     if policy.head != "nearest-mean":
         fitter = lda_fitter(background, with_cosine=not near)
@@ -81,18 +93,39 @@ def compile_head(
             general = general_precision(total, background, single=True)
         return lda_fitter(background, with_cosine=not near, single=True, general=general)
 
+    def for_sample(total: Moments) -> Fitter:
+        if policy.head == "nearest-mean":
+            return fit_nearest_mean
+        return lda_fitter(
+            background,
+            with_cosine=not near,
+            single=True,
+            general=general_precision(total, background, single=True),
+            shared=shared_by_tasks(total, single=True),
+        )
+
+    nearest_mean = policy.head == "nearest-mean"
+    centroids = len(tasks) if nearest_mean else sum(task.cluster_count for task in tasks)
+    chosen = sampled_rows(tasks, centroids)
     with cross_fitting(pool) as fitting:
-        whole, folds = fitting.fit(fitter, for_folds)
+        if chosen is None:
+            whole, folds = fitting.fit(fitter, for_folds)
+        else:
+            whole, folds = fitting.fit_sample(for_sample, chosen)
         center = whole.center.astype(np.float32)
         examples = sample_examples(tasks, center, background.whitening) if near else None
         closeness = Closeness(examples, 1.0) if examples is not None else None
         weights = _Weights((1.0,))
+        # A sample is in several parts, and rows enough to weigh the terms on are in one.
+        weighed = folds if chosen is None else folds[:1]
         if policy.head != "nearest-mean":
-            weights = _weigh(fitting, folds, closeness)
+            weights = _weigh(fitting, weighed, closeness) if folds else _WEIGHTS_WITHOUT_ROWS
         counts = closeness is not None and weights.closeness > 0
         closeness = closeness.weighing(weights.closeness) if closeness and counts else None
         held_out = fitting.score(folds, weights.terms, closeness)
     thresholds, margin = _calibrate(held_out, len(tasks), policy)
+    if not folds:
+        thresholds = thresholds_without_rows(policy.head, tasks, policy.false_reject_rate)
     decided = np.where(held_out.best >= thresholds[held_out.winner], held_out.winner, REJECTED)
     term = combine(whole, weights.terms)
     return Head(
@@ -105,13 +138,28 @@ def compile_head(
         ambiguity_margin=margin,
         center=center,
         background=None if term.offset is None else term.offset.astype(np.float32),
-        held_out=decided.astype(np.int32),
+        held_out=_of_all_rows(decided, tasks, chosen),
         summary=_summary(held_out, decided, margin, policy),
         probability=fit_probability(held_out),
         examples=examples if closeness is not None else None,
         closeness_weight=weights.closeness,
         calibration=_calibration(held_out, len(tasks)),
     )
+
+
+def _of_all_rows(
+    decided: NDArray[np.int64],
+    tasks: Sequence[TaskStatistics],
+    chosen: Sequence[NDArray[np.int64]] | None,
+) -> NDArray[np.int32]:
+    """The decisions on the rows that were scored, in the places `[N]` of all rows."""
+    if chosen is None:
+        return decided.astype(np.int32)
+    begins = np.cumsum([0, *(len(task.embeddings) for task in tasks)])[:-1]
+    places = np.concatenate([begin + rows for begin, rows in zip(begins, chosen, strict=True)])
+    held_out = np.full(sum(len(task.embeddings) for task in tasks), UNSCORED, np.int32)
+    held_out[places] = decided
+    return held_out
 
 
 def changed_decisions(before: Head, after: Head, rows: Mapping[TaskKey, int]) -> dict[str, int]:
@@ -126,16 +174,27 @@ def changed_decisions(before: Head, after: Head, rows: Mapping[TaskKey, int]) ->
     old, new = held_out_by_task(before, rows), held_out_by_task(after, rows)
     changed = {}
     for key in old.keys() & new.keys():
-        differing = int((translated[old[key]] != new[key]).sum())
+        scored = (old[key] != UNSCORED) & (new[key] != UNSCORED)
+        differing = int((translated[old[key][scored]] != new[key][scored]).sum())
         if differing:
             changed[str(key)] = differing
     return changed
 
 
 def held_out_by_task(head: Head, rows: Mapping[TaskKey, int]) -> dict[TaskKey, NDArray[np.int32]]:
-    """Per task of a head, the number of the task that each of its rows was decided for (or -1)."""
+    """Per task of a head, the number of the task that each of its rows was decided for.
+
+    Or `REJECTED`, or `UNSCORED`. Tasks of which no row was scored are left out.
+    """
     ends = np.cumsum([rows[key] for key in head.tasks], dtype=np.int64)
-    return dict(zip(head.tasks, np.split(head.held_out, ends), strict=False))
+    scored = np.flatnonzero(head.held_out != UNSCORED)
+    if len(scored) == len(head.held_out):
+        return dict(zip(head.tasks, np.split(head.held_out, ends), strict=False))
+    begins = np.concatenate([[0], ends])
+    return {
+        head.tasks[number]: head.held_out[begins[number] : ends[number]]
+        for number in np.unique(np.searchsorted(ends, scored, side="right"))
+    }
 
 
 def _weigh(fitting: CrossFitting, folds: Sequence[Fold], closeness: Closeness | None) -> _Weights:
@@ -189,8 +248,8 @@ def _thresholds(scores: HeldOutScores, tasks: int, rate: float) -> FloatArray:
     """
     finite = scores.own[np.isfinite(scores.own)]
     overall = _conformal(finite, rate)
-    thresholds = np.empty(tasks, np.float32)
-    for number in range(tasks):
+    thresholds = np.full(tasks, overall, np.float32)
+    for number in np.unique(scores.task):
         own = scores.own[(scores.task == number) & np.isfinite(scores.own)]
         weight = len(own) / (len(own) + _SHRINKAGE_ROWS)
         enough = int(rate * (len(own) + 1)) >= 1
@@ -207,11 +266,11 @@ def _conformal(scores: FloatArray, rate: float) -> float:
 def _calibration(scores: HeldOutScores, tasks: int) -> NDArray[np.float64]:
     """Per task `[K, 1 + Q]`: the rows that it scored best for, and quantiles of their scores."""
     found = np.full((tasks, 1 + len(CALIBRATION_LEVELS)), np.nan)
-    for number in range(tasks):
+    found[:, 0] = 0
+    for number in np.unique(scores.winner[np.isfinite(scores.best)]):
         mine = scores.best[(scores.winner == number) & np.isfinite(scores.best)]
         found[number, 0] = len(mine)
-        if len(mine):
-            found[number, 1:] = np.quantile(mine, CALIBRATION_LEVELS, method="inverted_cdf")
+        found[number, 1:] = np.quantile(mine, CALIBRATION_LEVELS, method="inverted_cdf")
     return found
 
 
@@ -230,6 +289,12 @@ def _summary(
     margin: float,
     policy: Policy,
 ) -> dict[str, float]:
+    if not len(decided):
+        return {
+            "held_out_rows": 0.0,
+            "false_reject_rate": policy.false_reject_rate,
+            "ambiguous_rate": policy.ambiguous_rate,
+        }
     rejected = decided == REJECTED
     ambiguous = ~rejected & (scores.best - scores.runner_up < margin)
     return {

@@ -17,13 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router.examples import Closeness, best_first
-from router.fitting import Fit, Fitter, combine, offset_scores, row_scores
+from router.fitting import Fit, Fitter, Term, combine, offset_scores, row_scores
 from router.head import best_row_per_task
 from router.interfaces import FloatArray
 from router.statistics import FIXED_POINT, FOLDS, Moments, PooledMoments, added
 from router.threads import one_blas_thread
 
 _CHUNK_ROWS = 1024
+# For the threads to share.
+_SAMPLE_PARTS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,20 +95,69 @@ class CrossFitting:
     def fit(self, fitter: Fitter, for_folds: Callable[[Moments], Fitter]) -> tuple[Fit, list[Fold]]:
         """The fit to all rows, and the folds that have rows, each with a fit without it.
 
-        `for_folds` makes the fitter of the folds from the moments of all rows.
+        `for_folds` makes the fitter of the folds from the moments of all rows. Tasks that keep
+        statistics only are in every fit, and in no fold.
         """
         by_fold = list(self._threads.map(self._pool.of_fold, range(FOLDS)))
-        total = added(by_fold)
+        total = added([*by_fold, self._pool.without_rows()])
         whole = self._threads.submit(fitter, total)
         # With one row in all there is nothing else to fit to.
         filled = [fold for fold in range(FOLDS) if by_fold[fold].counts.any()]
-        if len(filled) == 1:
+        if len(filled) == 1 and total.counts.sum() == by_fold[filled[0]].counts.sum():
             return whole.result(), [self._fold(filled[0], whole.result())]
         fold_fitter = for_folds(total)
         folds = self._threads.map(
             lambda fold: self._fold(fold, fold_fitter(total.without(by_fold[fold]))), filled
         )
         return whole.result(), list(folds)
+
+    def fit_sample(
+        self, fitter_for: Callable[[Moments], Fitter], chosen: Sequence[NDArray[np.int64]]
+    ) -> tuple[Fit, list[Fold]]:
+        """The fit to all rows, and the `chosen` ones of each task, with a fit without them.
+
+        The fitter that `fitter_for` makes from the moments of all rows must take what all tasks
+        share from there: the chosen rows are left out of the means of their tasks, and of nothing
+        else. They are all of fold 0, and come in several parts, which number the chosen rows alone.
+        """
+        total = self._pool.total()
+        fitter = fitter_for(total)
+        whole = self._threads.submit(fitter, total)
+        counts = np.array([len(rows) for rows in chosen])
+        left = self._pool.held_out(chosen)
+        part = fitter(left) if len(left.counts) else None
+        without = _replaced(whole.result(), part, np.flatnonzero(counts))
+        if not len(without.row_task):  # as in `fit`, where there is nothing else to fit to
+            without = whole.result()
+        starts = np.cumsum([0, *counts])
+        parts = np.searchsorted(starts, np.linspace(0, starts[-1], _SAMPLE_PARTS + 1))
+        return whole.result(), [
+            self._part(without, chosen, starts, slice(begin, end))
+            for begin, end in itertools.pairwise(parts)
+            if starts[begin] < starts[end]
+        ]
+
+    def _part(
+        self,
+        fit: Fit,
+        chosen: Sequence[NDArray[np.int64]],
+        starts: NDArray[np.int64],
+        tasks: slice,
+    ) -> Fold:
+        """The chosen rows of some tasks."""
+        mine = zip(self._pool.tasks[tasks], chosen[tasks], strict=True)
+        fixed = np.concatenate([task.embeddings[rows] for task, rows in mine])
+        centered = fixed.astype(np.float32) / np.float32(FIXED_POINT)
+        centered -= fit.center.astype(np.float32)
+        first, last = starts[tasks.start], starts[tasks.stop]
+        return Fold(
+            0,
+            fit,
+            np.arange(first, last),
+            np.clip(starts, first, last) - first,
+            centered,
+            tuple(offset_scores(term.offset, centered) for term in fit.terms),
+        )
 
     def _fold(self, number: int, fit: Fit) -> Fold:
         tasks = self._pool.tasks
@@ -171,6 +222,25 @@ class CrossFitting:
         return scores
 
 
+def _replaced(whole: Fit, part: Fit | None, tasks: NDArray[np.int64]) -> Fit:
+    """`whole` in float32, where the rows of `tasks` are those of `part`, or none."""
+    kept = ~np.isin(whole.row_task, tasks)
+    if part is None:
+        terms = [Term(one.rows[kept].astype(np.float32), one.offset) for one in whole.terms]
+        return Fit(tuple(terms), whole.center, whole.row_task[kept])
+    row_task = np.concatenate([whole.row_task[kept], part.row_task])
+    order = np.argsort(row_task, kind="stable")
+    terms = []
+    for one, other in zip(whole.terms, part.terms, strict=True):
+        if len(order) == len(kept):
+            rows = one.rows.astype(np.float32)
+            rows[~kept] = other.rows
+        else:  # a cluster is left without rows
+            rows = np.concatenate([one.rows[kept], other.rows], dtype=np.float32)[order]
+        terms.append(Term(rows, one.offset))
+    return Fit(tuple(terms), whole.center, row_task[order])
+
+
 @contextlib.contextmanager
 def cross_fitting(pool: PooledMoments) -> Iterator[CrossFitting]:
     """Cross-fitting over the tasks of `pool`, which must not be empty or change meanwhile."""
@@ -180,7 +250,7 @@ def cross_fitting(pool: PooledMoments) -> Iterator[CrossFitting]:
 
 
 def _own_scores(fold: Fold) -> list[FloatArray]:
-    rows = [term.rows.astype(np.float32) for term in fold.fit.terms]
+    rows = [term.rows.astype(np.float32, copy=False) for term in fold.fit.terms]
     own: list[list[FloatArray]] = [[np.zeros(0, np.float32)] for _ in rows]
     ends = np.searchsorted(fold.fit.row_task, np.arange(len(fold.starts)))
     for task, (start, stop) in enumerate(itertools.pairwise(fold.starts)):
@@ -208,7 +278,7 @@ def _contested_in_fold(
     own_task = np.searchsorted(present, fold.task[rows])
     counted = [place for place, weight in enumerate(weights) if weight]
     per_term = [
-        row_scores(fold.fit.terms[place].rows.astype(np.float32), fold.centered[rows])
+        row_scores(fold.fit.terms[place].rows.astype(np.float32, copy=False), fold.centered[rows])
         for place in counted
     ]
     together = np.zeros((len(rows), len(fold.fit.row_task)), np.float32)
@@ -247,7 +317,7 @@ def _score_fold(
     closeness: Closeness | None,
     found: HeldOutScores,
 ) -> None:
-    rows = combine(fold.fit, weights).rows.astype(np.float32)
+    rows = combine(fold.fit, weights).rows.astype(np.float32, copy=False)
     tasks, present = len(fold.starts) - 1, np.unique(fold.fit.row_task)
     offsets = np.sum(
         [offset * weight for offset, weight in zip(fold.offsets, weights, strict=True)], axis=0

@@ -51,6 +51,11 @@ class CachingEncoder:
         """D."""
         return self._encoder.dimension
 
+    @property
+    def window(self) -> int:
+        """Of the encoder inside."""
+        return self._encoder.window
+
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Tokens that each text will cost: none where it is remembered."""
         with self._lock:

@@ -103,6 +103,8 @@ class Explainer:
             except CorruptArtifactError as error:
                 examples = ()
                 notes.append(f"no examples of {candidate.task}: {error}")
+            if snapshot.task(candidate.task.name).record.statistics_only:
+                notes.append(f"no examples of {candidate.task}: it keeps statistics only")
             explained.append(
                 ExplainedCandidate(
                     candidate.task,

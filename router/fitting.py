@@ -28,6 +28,7 @@ from router.whitening import whitening_of
 RealArray = NDArray[np.floating[Any]]
 
 _PRIOR_ROWS = 15.0
+_SHORTEST = 1e-12
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,32 @@ class Fit:
 Fitter = Callable[[Moments], Fit]
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What discriminants take from all rows: their mean `[D]`, and the precision `[D, D]`.
+
+    The precision is that of rows around the means of their tasks.
+    """
+
+    mean: ExactArray
+    precision: RealArray
+
+
+def shared_by_tasks(moments: Moments, *, single: bool = False) -> Shared:
+    """Of the rows of all tasks; in float32 if `single`."""
+    means, counts, _ = _task_means(moments)
+    number = np.float32 if single else np.float64
+    within = _regularised(_within_covariance(moments, means, counts), moments)
+    return Shared(_mean(moments), _inverse(within.astype(number)))
+
+
 def fit_nearest_mean(moments: Moments) -> Fit:
     """One row per task: its normalised mean."""
     tasks, first = np.unique(moments.task_of, return_index=True)
-    sums = np.add.reduceat(moments.sums, first, axis=0)
-    rows = np.concatenate([_unit(sums), np.zeros((len(tasks), 1))], axis=1)
+    sums = _added_up(moments.sums, first)
+    rows = np.zeros((len(tasks), sums.shape[1] + 1))
+    norms = np.linalg.norm(sums, axis=1, keepdims=True)
+    np.divide(sums, np.maximum(norms, _SHORTEST), out=rows[:, :-1])
     return Fit((Term(rows),), np.zeros(sums.shape[1]), tasks)
 
 
@@ -89,6 +111,7 @@ def lda_fitter(
     with_cosine: bool = True,
     single: bool = False,
     general: RealArray | None = None,
+    shared: Shared | None = None,
 ) -> Fitter:
     """One row per cluster, two or three terms: two log-likelihood ratios, and the cosine.
 
@@ -97,16 +120,16 @@ def lda_fitter(
 
     The first ratio is against text in general with a covariance of its own, the second against
     text in general as one more class of the discriminant analysis. `general` is the precision of
-    the former where it is known already: the same for all fits that calibrate one head.
+    the former where it is known already: the same for all fits that calibrate one head. With
+    `shared` as well, the moments may be those of some tasks alone.
     """
 
     def fit_lda(moments: Moments) -> Fit:
-        means, counts, task_number = _task_means(moments)
+        means, _, task_number = _task_means(moments)
         centroids = _sub_centroids(moments, means[task_number])
-        mean = _mean(moments)
         number: type[np.floating[Any]] = np.float32 if single else np.float64
-        within = _regularised(_within_covariance(moments, means, counts), moments)
-        precision = _inverse(within.astype(number))
+        all_rows = shared_by_tasks(moments, single=single) if shared is None else shared
+        mean, precision = all_rows.mean, all_rows.precision
         wide = general_precision(moments, background, single=single) if general is None else general
         discriminant = _discriminant((centroids - mean).astype(number), precision)
         general_row = _discriminant((background.mean[None] - mean).astype(number), precision)
@@ -122,13 +145,16 @@ def lda_fitter(
 
 def combine(fit: Fit, weights: Sequence[float]) -> Term:
     """The sum of the terms, each times its weight."""
-    rows = sum(term.rows * weight for term, weight in zip(fit.terms, weights, strict=True))
+    rows = fit.terms[0].rows * weights[0]
+    for term, weight in zip(fit.terms[1:], weights[1:], strict=True):
+        if weight:
+            rows += term.rows * weight
     offsets = [
         term.offset * weight
         for term, weight in zip(fit.terms, weights, strict=True)
         if term.offset is not None
     ]
-    return Term(np.asarray(rows), np.sum(offsets, axis=0) if offsets else None)
+    return Term(rows, np.sum(offsets, axis=0) if offsets else None)
 
 
 def row_scores(rows: RealArray, centered: FloatArray) -> FloatArray:
@@ -155,9 +181,16 @@ def _mean(moments: Moments) -> ExactArray:
 def _task_means(moments: Moments) -> tuple[ExactArray, ExactArray, NDArray[np.int64]]:
     """The means `[K, D]` and numbers of rows `[K]` of the tasks, and each cluster's task `[M]`."""
     _, first, task_number = np.unique(moments.task_of, return_index=True, return_inverse=True)
-    counts = np.add.reduceat(moments.counts, first)
-    sums = np.add.reduceat(moments.sums, first, axis=0)
+    counts = _added_up(moments.counts, first)
+    sums = _added_up(moments.sums, first)
     return sums / counts[:, None] / FIXED_POINT, counts, task_number
+
+
+def _added_up(of_clusters: ExactArray, first: NDArray[np.int64]) -> ExactArray:
+    """Sums over the clusters of each task, which begin at `first` `[K]`."""
+    if len(first) == len(of_clusters):
+        return of_clusters
+    return np.asarray(np.add.reduceat(of_clusters, first, axis=0))
 
 
 def _sub_centroids(moments: Moments, task_means: ExactArray) -> ExactArray:
@@ -222,4 +255,4 @@ def _inverse(matrix: RealArray) -> RealArray:
 
 def _unit(vectors: RealArray) -> RealArray:
     norms: RealArray = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.maximum(norms, 1e-12)
+    return vectors / np.maximum(norms, _SHORTEST)

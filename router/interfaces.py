@@ -47,6 +47,10 @@ class Encoder(Protocol):
     def dimension(self) -> int:
         """D."""
 
+    @property
+    def window(self) -> int:
+        """How many tokens of a text are read; what is beyond is cut off."""
+
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Tokens that each text will cost, after truncation to the window."""
 

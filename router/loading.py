@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -31,8 +31,9 @@ from router.interfaces import FloatArray
 from router.label_classifier import LabelClassifier
 from router.rejection import RejectionPolicy
 from router.snapshot import Challenger, Snapshot
-from router.statistics import PooledMoments, TaskStatistics
+from router.statistics import PooledMoments, TaskStatistics, TaskSums
 from router.tasks import (
+    Policy,
     PromptMethod,
     ServedTask,
     SoftPrompt,
@@ -41,10 +42,14 @@ from router.tasks import (
 )
 
 if TYPE_CHECKING:
+    from router.cascade import Cascade, FastModel
     from router.fitting import Background
 
 EMBEDDINGS_TENSOR = "embeddings"
 CLUSTERS_TENSOR = "clusters"
+COUNTS_TENSOR = "counts"
+SUMS_TENSOR = "sums"
+GRAM_TENSOR = "second_moments"
 CLASSIFIER_TENSOR = "label_rows"
 ENCODER_PROMPT_TENSOR = "encoder_prompt"
 PROMPT_TENSOR = "prompt_embeddings"
@@ -56,15 +61,17 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ServedModels:
-    """What the running models demand of a catalog. `base_model` is None where none is loaded.
+    """What the running models demand of a catalog.
 
-    `background` gives what the encoder makes of text in general, which not every use needs.
+    `base_model` is None where none is loaded, `fast` where there is no cascade. `background` gives
+    what the encoder makes of text in general, which not every use needs.
     """
 
     encoder: str
     dimension: int
     background: Callable[[], Background] = field(repr=False)
     base_model: str | None = None
+    fast: FastModel | None = None
 
 
 class SnapshotLoader:
@@ -99,7 +106,24 @@ class SnapshotLoader:
         rejection = RejectionPolicy.parse(about.policy.on_unknown, f"policy of revision {revision}")
         head = self._head(catalog, about, about.head_sha256, live)
         challengers, broken = self._challengers(catalog, about, tasks, rejection, previous)
-        return Snapshot.build(revision, head, tasks, rejection, challengers, broken)
+        snapshot = Snapshot.build(revision, head, tasks, rejection, challengers, broken)
+        return replace(snapshot, cascade=self._cascade(snapshot, about.policy))
+
+    def _cascade(self, snapshot: Snapshot, policy: Policy) -> Cascade | None:
+        """What decides first, where there is a fast encoder; without it all is decided as ever."""
+        from router.cascade import build_cascade  # which reads statistics, as this module does
+
+        fast = self._models.fast
+        if fast is None or not snapshot.tasks:
+            return None
+        if snapshot.challengers:
+            _log.warning("no cascade", problem="challengers are tried by the full encoder")
+            return None
+        try:
+            return build_cascade(self._artifacts, snapshot.tasks, snapshot.revision, policy, fast)
+        except PromptyardError as error:
+            _log.warning("no cascade", problem=str(error))
+            return None
 
     def _challengers(
         self,
@@ -218,12 +242,14 @@ def check_encoder(catalog: str, running: str) -> None:
 
 
 def read_statistics(artifacts: ArtifactReader, record: TaskRecord) -> TaskStatistics:
-    """The stored rows of a task.
+    """The stored rows of a task, or the sums over them where that is all that was kept.
 
     Raises:
         CorruptArtifactError: missing, damaged or inconsistent.
     """
     digest = record.embeddings_sha256
+    if record.statistics_only:
+        return _read_sums(artifacts, record)
     try:
         embeddings = artifacts.read_tensor(digest, EMBEDDINGS_TENSOR, np.int16)
         clusters = artifacts.read_tensor(digest, CLUSTERS_TENSOR, np.int16, width=1)[:, 0]
@@ -237,6 +263,33 @@ def read_statistics(artifacts: ArtifactReader, record: TaskRecord) -> TaskStatis
         )
     return TaskStatistics(
         record.key, cast("NDArray[np.int16]", embeddings), cast("NDArray[np.int16]", clusters)
+    )
+
+
+def _read_sums(artifacts: ArtifactReader, record: TaskRecord) -> TaskStatistics:
+    digest = record.embeddings_sha256
+    try:
+        sums = artifacts.read_tensor(digest, SUMS_TENSOR, np.int64)
+        counts = artifacts.read_tensor(digest, COUNTS_TENSOR, np.int64, width=1)[:, 0]
+        dimension = sums.shape[1]
+        width = dimension * (dimension + 1) // 2
+        triangle = artifacts.read_tensor(digest, GRAM_TENSOR, np.int64, width)
+    except CorruptArtifactError as error:
+        raise CorruptArtifactError(
+            f"routing sums of {record.key}, {error.field}", error.value, error.remedy
+        ) from error
+    if len(sums) != len(counts) or len(triangle) != 1 or int(counts.sum()) != record.data.rows:
+        raise CorruptArtifactError(
+            f"routing sums of {record.key}", "inconsistent", "register the task again"
+        )
+    gram = np.zeros((dimension, dimension))
+    gram[np.triu_indices(dimension)] = triangle[0]
+    gram += np.triu(gram, 1).T
+    return TaskStatistics(
+        record.key,
+        np.zeros((0, dimension), np.int16),
+        np.zeros(0, np.int16),
+        TaskSums(counts.astype(np.float64), sums.astype(np.float64), gram),
     )
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, cast
 
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
@@ -62,6 +62,7 @@ class _Question:
     """One text in the encoder's queue, the snapshot that its caller took, and the policy.
 
     `decided` is the decision where a caller named the task: only the embedding is asked for.
+    `full`: the full encoder decides, whatever the fast one says.
     """
 
     text: str
@@ -70,6 +71,7 @@ class _Question:
     rejection: RejectionPolicy
     request_key: str = ""
     decided: Decision | None = None
+    full: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +86,13 @@ class _Batch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Routed:
-    """The decision on a text, its embedding `[D]`, and the batch that it was in."""
+    """The decision on a text, its embedding `[D]`, and the batch that it was in.
+
+    The embedding is None where the fast encoder decided.
+    """
 
     decision: Decision
-    vector: FloatArray
+    vector: FloatArray | None
     batch: _Batch
 
 
@@ -169,7 +174,9 @@ class Router:
         self.limits.check_text(text)
         snapshot = self.live.snapshot
         explained = max(top_k, LEAST_EXPLAINED) if top_k >= 0 else top_k
-        [routed] = await self._route([text], explained, snapshot, on_unknown, request_key)
+        [routed] = await self._route(
+            [text], explained, snapshot, on_unknown, request_key, full=True
+        )
         decision = routed.decision
         explanation = await self._explainer.explain(
             snapshot.answering(decision), self.encoder, text, decision
@@ -264,13 +271,15 @@ class Router:
         snapshot: Snapshot,
         on_unknown: RejectionPolicy | None,
         request_key: str,
+        *,
+        full: bool = False,
     ) -> list[_Routed]:
         """Decide texts that were checked."""
         self.limits.check_top_k(top_k)
         self.limits.check_request_key(request_key)
         rejection = _rejection(snapshot, on_unknown)
         return await self._ask(
-            [_Question(text, top_k, snapshot, rejection, request_key) for text in texts]
+            [_Question(text, top_k, snapshot, rejection, request_key, full=full) for text in texts]
         )
 
     async def _ask(self, questions: Sequence[_Question]) -> list[_Routed]:
@@ -286,13 +295,49 @@ class Router:
         """The embedding `[D]` of a text whose task was named."""
         question = _Question(text, 0, snapshot, snapshot.rejection, decided=decided)
         [routed] = await self._ask([question])
-        return routed.vector
+        return cast("FloatArray", routed.vector)
 
     def _count_tokens(self, questions: Sequence[_Question]) -> list[int]:
         return self.encoder.count_tokens([question.text for question in questions])
 
     def _decide(self, questions: Sequence[_Question]) -> list[_Routed]:
-        """In the worker thread: encode the batch, and let each text's own snapshot decide."""
+        """In the worker thread: what the fast encoder is not sure of, the full one decides."""
+        fast = self._decide_fast(questions)
+        left = [question for place, question in enumerate(questions) if place not in fast]
+        full = iter(self._decide_full(left) if left else ())
+        return [fast[place] if place in fast else next(full) for place in range(len(questions))]
+
+    def _decide_fast(self, questions: Sequence[_Question]) -> dict[int, _Routed]:
+        """What the cascade of the texts' snapshot is sure of, by place; nothing without one."""
+        snapshot = questions[0].snapshot
+        places = [
+            place
+            for place, question in enumerate(questions)
+            if question.snapshot is snapshot and question.decided is None and not question.full
+        ]
+        if snapshot.cascade is None or not places:
+            return {}
+        began = time.perf_counter()
+        top_k = max(1, *(questions[place].top_k for place in places))
+        found = snapshot.cascade.decide([questions[place].text for place in places], top_k)
+        decided = time.perf_counter()
+        self.observer.stage_ended("routing_fast", decided - began)
+        # Embedding and deciding are one to the cascade.
+        batch = _Batch(len(places), began, decided, decided)
+        sure = {
+            place: decision
+            for place, decision in zip(places, found, strict=True)
+            if decision is not None
+        }
+        for decision in sure.values():
+            self.observer.decided(decision)
+        return {
+            place: _Routed(_listing(decision, questions[place].top_k), None, batch)
+            for place, decision in sure.items()
+        }
+
+    def _decide_full(self, questions: Sequence[_Question]) -> list[_Routed]:
+        """Encode the batch, and let each text's own snapshot decide."""
         began = time.perf_counter()
         embeddings = self.encoder.encode([question.text for question in questions])
         encoded = time.perf_counter()

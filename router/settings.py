@@ -14,6 +14,7 @@ from router.limits import Limits
 
 DEFAULT_LISTEN = "127.0.0.1:50051"
 DEFAULT_ENCODER = "all-MiniLM-L6-v2"
+FAST_ENCODER = "fast"
 DEFAULT_MAX_TENANTS = 32
 MAX_WORKERS = 64
 DEFAULT_BASE_MODEL = str(Path(__file__).parent / "models" / "base")
@@ -49,8 +50,9 @@ class ServerSettings:
     traces go to, of a `traces_share` of the calls; without it there are none. Without `tokens` (a
     file, see `router.access`) everybody who reaches the server may call everything. Without `tls`
     only this machine can reach it, unless `insecure` says that others may. `cache_mib` bounds the
-    memory for embeddings of texts that were seen lately; 0 remembers none. `log_calls` logs one
-    line a call. `decision_log` is the file for a `decision_log_share` of all decisions (see
+    memory for embeddings of texts that were seen lately; 0 remembers none. `cascade` lets the fast
+    encoder decide what it is sure of (`router.cascade`). `log_calls` logs one line a call.
+    `decision_log` is the file for a `decision_log_share` of all decisions (see
     `router.decision_log`), which takes `decision_log_mib` at most. Tokens may name up to
     `max_tenants` tenants; queues, `max_calls` and `cache_mib` are each one's. Of several `workers`
     each is a process with all of that of its own, and tells `metrics` at a port of its own: the one
@@ -78,6 +80,7 @@ class ServerSettings:
     max_connection_calls: int = 200
     max_tenants: int = DEFAULT_MAX_TENANTS
     cache_mib: float = 64.0
+    cascade: bool = False
     decision_log: Path | None = None
     decision_log_share: float = 1.0
     decision_log_mib: float = 64.0
@@ -88,6 +91,16 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         """Raises InvalidInputError: a value that no server could work with."""
+        if self.cascade and self.encoder == FAST_ENCODER:
+            raise InvalidInputError(
+                "cascade", f"with the encoder {self.encoder}", "leave it out: all is decided fast"
+            )
+        if self.cascade and self.decision_log is not None:
+            raise InvalidInputError(
+                "cascade",
+                "with a decision log",
+                "leave one of them out: drift cannot compare the scores of two encoders",
+            )
         _check_address("listen", self.listen)
         if self.tls is None and not self.insecure and not _is_loopback(self.listen):
             raise InvalidInputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +16,9 @@ from router.index import CentroidIndex
 from router.interfaces import Embeddings
 from router.rejection import ABSTAIN, RejectionPolicy
 from router.tasks import ServedTask
+
+if TYPE_CHECKING:
+    from router.cascade import Cascade
 
 # The best task's score and margin need two candidates, whatever a caller wants listed.
 _LEAST_CANDIDATES = 2
@@ -33,7 +37,7 @@ class Snapshot:
     """Head, index, tasks and rejection policy of one catalog revision.
 
     `challengers` are those that can be tried, by task; `broken_challengers` those that could not be
-    loaded, and why.
+    loaded, and why. `cascade` decides what it is sure of before this snapshot is asked.
     """
 
     revision: int
@@ -43,6 +47,7 @@ class Snapshot:
     rejection: RejectionPolicy = ABSTAIN
     challengers: Mapping[str, Challenger] = field(default_factory=dict)
     broken_challengers: Mapping[Challenge, str] = field(default_factory=dict)
+    cascade: Cascade | None = field(default=None, repr=False)
 
     @classmethod
     def build(

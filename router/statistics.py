@@ -8,7 +8,7 @@ subtracting a task leaves exactly what was there before it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +20,21 @@ from router.threads import one_blas_thread
 
 FIXED_POINT = float(1 << 15)
 FOLDS = 10
+_CHUNK_ROWS = 4096
 
 ExactArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSums:
+    """Exact sums over the rows of a task that keeps no embeddings, in the units of `Moments`.
+
+    counts `[M]` and sums `[M, D]` are per cluster, gram `[D, D]` is over all rows.
+    """
+
+    counts: ExactArray
+    sums: ExactArray
+    gram: ExactArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +42,18 @@ class TaskStatistics:
     """The rows of a task: fixed-point embeddings `[n, D]` int16 and their cluster `[n]`.
 
     Row i is in fold `i % FOLDS`: rows are stored in an order that does not depend on the file's.
+    A task that keeps statistics only has no rows here, and `sums` instead.
     """
 
     key: TaskKey
     embeddings: NDArray[np.int16]
     clusters: NDArray[np.int16]
+    sums: TaskSums | None = None
+
+    @property
+    def cluster_count(self) -> int:
+        """How many clusters the rows are in."""
+        return int(self.clusters.max()) + 1 if self.sums is None else len(self.sums.counts)
 
     @property
     def folds(self) -> NDArray[np.int64]:
@@ -53,6 +73,16 @@ def to_fixed_point(vectors: FloatArray) -> NDArray[np.int16]:
         np.int16
     )
     return fixed
+
+
+def sums_of(embeddings: NDArray[np.int16]) -> TaskSums:
+    """What a task keeps of its embeddings `[n, D]` in statistics-only mode: one cluster of them.
+
+    (The sum of a small cluster would tell its rows.)
+    """
+    rows = embeddings.astype(np.float64)
+    with one_blas_thread():
+        return TaskSums(np.array([float(len(rows))]), rows.sum(0, keepdims=True), rows.T @ rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,22 +119,33 @@ class PooledMoments:
 
     def __init__(self, dimension: int) -> None:
         self._grams = np.zeros((FOLDS, dimension, dimension))
+        self._gram_without_rows = np.zeros((dimension, dimension))
         self._tasks: dict[TaskKey, TaskStatistics] = {}
+        self._in_order: list[TaskStatistics] = []
+        # Of each task: those of all its rows, so that they need not be read again.
+        self._sums: dict[TaskKey, TaskSumsByCluster] = {}
 
     @property
     def tasks(self) -> list[TaskStatistics]:
         """The tasks in the pool, in canonical order."""
-        return [self._tasks[key] for key in sorted(self._tasks)]
+        return self._in_order
 
     def update(self, tasks: Iterable[TaskStatistics]) -> None:
         """Make the pool hold exactly `tasks`."""
         wanted = {task.key: task for task in tasks}
+        going = [self._tasks[key] for key in self._tasks.keys() - wanted.keys()]
+        coming = [wanted[key] for key in wanted.keys() - self._tasks.keys()]
         with one_blas_thread():
-            for key in set(self._tasks) - set(wanted):
-                self._accumulate(self._tasks.pop(key), -1.0)
-            for key in set(wanted) - set(self._tasks):
-                self._accumulate(wanted[key], 1.0)
-                self._tasks[key] = wanted[key]
+            self._accumulate(going, np.subtract)
+            self._accumulate(coming, np.add)
+        for task in going:
+            del self._tasks[task.key], self._sums[task.key]
+        for task in coming:
+            self._tasks[task.key] = task
+            self._sums[task.key] = _sums_by_cluster(task)
+        self._in_order = sorted(
+            self._tasks.values(), key=lambda task: (task.key.name, task.key.revision)
+        )
 
     def by_fold(self) -> list[Moments]:
         """One `Moments` per fold, all with the same clusters."""
@@ -113,7 +154,7 @@ class PooledMoments:
     def of_fold(self, fold: int) -> Moments:
         """The `Moments` of the rows of one fold. (Exact: the order of addition does not matter.)"""
         tasks = self.tasks
-        first = np.cumsum([0, *(int(task.clusters.max()) + 1 for task in tasks)])
+        first = np.cumsum([0, *(task.cluster_count for task in tasks)])
         cluster = np.concatenate(
             [start + task.clusters[fold::FOLDS] for start, task in zip(first, tasks, strict=False)]
         )
@@ -130,14 +171,93 @@ class PooledMoments:
             self._grams[fold],
         )
 
-    def total(self) -> Moments:
-        """The `Moments` of all rows."""
-        return added(self.by_fold())
+    def without_rows(self) -> Moments:
+        """The `Moments` of the tasks that keep statistics only: they belong to no fold."""
+        tasks = self.tasks
+        dimension = len(self._gram_without_rows)
+        counts = [np.zeros(t.cluster_count) if t.sums is None else t.sums.counts for t in tasks]
+        sums = [
+            np.zeros((t.cluster_count, dimension)) if t.sums is None else t.sums.sums for t in tasks
+        ]
+        return Moments(
+            np.concatenate(counts),
+            np.concatenate(sums),
+            np.repeat(np.arange(len(tasks)), [t.cluster_count for t in tasks]),
+            self._gram_without_rows,
+        )
 
-    def _accumulate(self, task: TaskStatistics, sign: float) -> None:
+    def total(self) -> Moments:
+        """The `Moments` of all rows, kept or not."""
+        sums = [self._sums[task.key] for task in self.tasks]
+        return Moments(
+            np.concatenate([each.counts for each in sums]),
+            np.concatenate([each.sums for each in sums]),
+            np.repeat(np.arange(len(sums)), [len(each.counts) for each in sums]),
+            self._grams.sum(0) + self._gram_without_rows,
+        )
+
+    def held_out(self, chosen: Sequence[NDArray[np.int64]]) -> Moments:
+        """The sums of the tasks of which rows are `chosen` `[K][n_k]`, less those of these rows.
+
+        `gram` is empty. Clusters that are left without rows are not among them.
+        """
+        counts, sums, numbers = [], [], []
+        for number, (task, rows) in enumerate(zip(self.tasks, chosen, strict=True)):
+            if not len(rows):
+                continue
+            all_rows, clusters = self._sums[task.key], task.clusters[rows]
+            left, less = all_rows.counts.copy(), all_rows.sums.copy()
+            np.subtract.at(left, clusters, 1.0)
+            np.subtract.at(less, clusters, task.embeddings[rows].astype(np.float64))
+            counts.append(left[left > 0])
+            sums.append(less[left > 0])
+            numbers.append(np.full(int((left > 0).sum()), number))
+        return Moments(
+            np.concatenate(counts), np.concatenate(sums), np.concatenate(numbers), np.zeros((0, 0))
+        )
+
+    def _accumulate(self, tasks: Sequence[TaskStatistics], change: np.ufunc) -> None:
+        """Add the second moments of `tasks`, or subtract them: many rows in one product."""
+        for task in tasks:
+            if task.sums is not None:
+                change(self._gram_without_rows, task.sums.gram, out=self._gram_without_rows)
+        kept = [task.embeddings for task in tasks if task.sums is None]
         for fold in range(FOLDS):
-            rows = task.embeddings[fold::FOLDS].astype(np.float64)
-            self._grams[fold] += sign * (rows.T @ rows)
+            for rows in _in_chunks([embeddings[fold::FOLDS] for embeddings in kept]):
+                change(self._grams[fold], rows.T @ rows, out=self._grams[fold])
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSumsByCluster:
+    """Exact counts `[M]` and sums `[M, D]` over all rows of a task's clusters."""
+
+    counts: ExactArray
+    sums: ExactArray
+
+
+def _sums_by_cluster(task: TaskStatistics) -> TaskSumsByCluster:
+    if task.sums is not None:
+        return TaskSumsByCluster(task.sums.counts, task.sums.sums)
+    sums = np.zeros((task.cluster_count, task.embeddings.shape[1]))
+    for cluster in range(task.cluster_count):
+        sums[cluster] = task.embeddings[task.clusters == cluster].sum(0, dtype=np.int64)
+    return TaskSumsByCluster(
+        np.bincount(task.clusters, minlength=task.cluster_count).astype(np.float64), sums
+    )
+
+
+def _in_chunks(parts: Sequence[NDArray[np.int16]]) -> Iterator[ExactArray]:
+    """Rows of many tasks `[about _CHUNK_ROWS, D]` at a time, as numbers to multiply."""
+    waiting: list[NDArray[np.int16]] = []
+    count = 0
+    for part in parts:
+        waiting.append(part)
+        count += len(part)
+        if count >= _CHUNK_ROWS:
+            yield np.concatenate(waiting).astype(np.float64)
+            waiting, count = [], 0
+    if count:
+        yield np.concatenate(waiting).astype(np.float64)
 
 
 def added(parts: Sequence[Moments]) -> Moments:

@@ -135,7 +135,8 @@ class TaskRecord:
     """Everything that is known of one revision of a task. Written once, never changed.
 
     `template` makes the base model's input of a text and its passages (`router.templates`); empty
-    is the default one.
+    is the default one. `texts_sha256` is the file of the task's texts, where they were kept.
+    `statistics_only`: `embeddings_sha256` is a file of sums over the embeddings, which were not.
     """
 
     name: str
@@ -152,6 +153,8 @@ class TaskRecord:
     format: int = RECORD_FORMAT
     template: str = ""
     classifier: ClassifierSummary | None = None
+    texts_sha256: str = ""
+    statistics_only: bool = False
 
     @property
     def key(self) -> TaskKey:
@@ -161,7 +164,7 @@ class TaskRecord:
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces. Its SHA-256 is the record's digest."""
         document = asdict(self)
-        for later in ("template", "classifier"):
+        for later in ("template", "classifier", "texts_sha256", "statistics_only"):
             if not document[later]:
                 del document[later]
         if self.classifier is not None and not self.classifier.encoder_prompt_tokens:

@@ -67,6 +67,11 @@ class TurnTakingEncoder:
         """D."""
         return self._encoder.dimension
 
+    @property
+    def window(self) -> int:
+        """Of the encoder inside."""
+        return self._encoder.window
+
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """See `router.interfaces.Encoder`; this waits for no turn."""
         return self._encoder.count_tokens(texts)

@@ -34,6 +34,7 @@ class PlaceEncoder:
     name = "places"
     fingerprint = "places:1:own:window-64:numpy"
     dimension = DIMENSION
+    window = 64
 
     def __init__(self, fingerprint: str = fingerprint) -> None:
         self.fingerprint = fingerprint

@@ -56,6 +56,7 @@ class FakeEncoder:
     name = "fake-encoder"
     fingerprint = "fake-encoder:1"
     dimension = DIMENSION
+    window = WINDOW_WORDS
 
     def __init__(self) -> None:
         self.batches: list[list[str]] = []

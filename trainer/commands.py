@@ -29,7 +29,9 @@ class RegisterTask:
     empty: what suits the outputs. `template` is stored with the task (`router.templates`).
     `with_classifier`: fit a label classifier beside the prompt, where the outputs are a closed set.
     `challenger` is a share (`10%`) or `shadow`, with `revise`: the next revision is tried beside
-    the current one (`router.challengers`).
+    the current one (`router.challengers`). `keep_text` stores inputs and outputs in the home, so
+    that another encoder can embed them (`trainer.switching`). `statistics_only` stores
+    sums over the embeddings, and none of them.
     """
 
     name: str
@@ -47,6 +49,8 @@ class RegisterTask:
     template: str = ""
     with_classifier: bool = True
     challenger: str = ""
+    keep_text: bool = False
+    statistics_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)

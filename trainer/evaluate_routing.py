@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from router.background import when_needed
+from router.cascade import Cascade, FastModel
 from router.catalog import CatalogReader
-from router.decision import Outcome
+from router.decision import Decision, Outcome
 from router.errors import InvalidInputError, shorten
 from router.interfaces import Embeddings, Encoder
 from router.loading import ServedModels, SnapshotLoader
@@ -132,6 +133,25 @@ class RejectFigures:
 
 
 @dataclass(frozen=True, slots=True)
+class CascadeFigures:
+    """What a cascade saves and what it costs, beside the full encoder alone on the same rows.
+
+    `decided_fast` is the share of all rows that the fast encoder decides, `out_of_scope_fast` that
+    of the rows out of scope, which it should leave alone (None without such rows). `differing` is
+    the share of all rows whose outcome or best task is another one. The other figures are as in
+    `RoutingFigures` and `RejectFigures`.
+    """
+
+    decided_fast: float
+    out_of_scope_fast: float | None
+    differing: float
+    accuracy: float
+    accuracy_with_rejection: float
+    out_of_scope_rejected: float | None
+    milliseconds_per_decision: Percentiles
+
+
+@dataclass(frozen=True, slots=True)
 class RoutingEvaluation:
     """What `evaluate_routing` found. `reject` is None where no row is out of scope.
 
@@ -149,10 +169,15 @@ class RoutingEvaluation:
     milliseconds_per_decision: Percentiles
     places: TaskMap
     decisions: tuple[RoutedText, ...]
+    cascade: CascadeFigures | None = None
 
 
 def load_snapshot(
-    home: Path, encoder: Encoder, base_model: str | None = None, revision: int | None = None
+    home: Path,
+    encoder: Encoder,
+    base_model: str | None = None,
+    revision: int | None = None,
+    fast: FastModel | None = None,
 ) -> Snapshot:
     """A snapshot of a home, the newest by default, as a server with these models would serve it.
 
@@ -160,7 +185,9 @@ def load_snapshot(
         PromptyardError: there is no catalog, no such revision, no live task in it, or it was made
             for other models.
     """
-    models = ServedModels(encoder.fingerprint, encoder.dimension, when_needed(encoder), base_model)
+    models = ServedModels(
+        encoder.fingerprint, encoder.dimension, when_needed(encoder), base_model, fast
+    )
     with CatalogReader(home) as catalog:
         newest = catalog.newest_revision()
         if revision is not None and not 1 <= revision <= newest:
@@ -181,6 +208,9 @@ def evaluate_routing(
     """Decide `rows`, whose tasks are all the snapshot's, and measure the decisions."""
     embeddings = embed_texts(encoder, [row.text for row in rows], progress)
     decisions = decide(snapshot, rows, embeddings)
+    cascade = None
+    if snapshot.cascade is not None:
+        cascade = cascade_figures(snapshot.cascade, snapshot, encoder, decisions, progress)
     tasks = tuple(key.name for key in snapshot.head.tasks)
     return RoutingEvaluation(
         snapshot.revision,
@@ -193,6 +223,45 @@ def evaluate_routing(
         time_decisions(snapshot, encoder, rows, progress),
         task_map([row.task for row in rows], embeddings.vectors),
         tuple(decisions),
+        cascade,
+    )
+
+
+def cascade_figures(
+    cascade: Cascade,
+    snapshot: Snapshot,
+    encoder: Encoder,
+    full: Sequence[RoutedText],
+    progress: Progress = lambda *_: None,
+) -> CascadeFigures:
+    """Decide rows by `cascade`, of which `full` are the decisions of `snapshot` alone."""
+    texts = [routed.row.text for routed in full]
+    found = cascade.decide(texts, top_k=1)
+    both = [
+        alone if decision is None else _routed(alone.row, decision)
+        for alone, decision in zip(full, found, strict=True)
+    ]
+    fast = np.array([decision is not None for decision in found])
+    outside = np.array([routed.row.task is None for routed in full])
+    reject = reject_figures(both)
+    figures = routing_figures(both, [key.name for key in snapshot.head.tasks])
+    differing = [
+        (one.outcome, one.best) != (other.outcome, other.best)
+        for one, other in zip(full, both, strict=True)
+    ]
+
+    def decide_one(text: str) -> None:
+        if cascade.decide([text])[0] is None:
+            snapshot.decide(encoder.encode([text]))
+
+    return CascadeFigures(
+        float(fast.mean()),
+        float(fast[outside].mean()) if outside.any() else None,
+        float(np.mean(differing)),
+        figures.accuracy,
+        figures.accuracy_with_rejection,
+        None if reject is None else reject.out_of_scope_rejected,
+        _timed(decide_one, texts, progress),
     )
 
 
@@ -213,19 +282,21 @@ def decide(
     snapshot: Snapshot, rows: Sequence[LabelledText], embeddings: Embeddings
 ) -> list[RoutedText]:
     """The snapshot's decision on every row."""
-    return [
-        RoutedText(
-            row,
-            decision.candidates[0].task.name,
-            decision.outcome,
-            decision.score,
-            decision.margin,
-            decision.threshold,
-            decision.truncated,
-            decision.probability,
-        )
-        for row, decision in zip(rows, snapshot.decide(embeddings, top_k=1), strict=True)
-    ]
+    decisions = snapshot.decide(embeddings, top_k=1)
+    return [_routed(row, decision) for row, decision in zip(rows, decisions, strict=True)]
+
+
+def _routed(row: LabelledText, decision: Decision) -> RoutedText:
+    return RoutedText(
+        row,
+        decision.candidates[0].task.name,
+        decision.outcome,
+        decision.score,
+        decision.margin,
+        decision.threshold,
+        decision.truncated,
+        decision.probability,
+    )
 
 
 def routing_figures(decisions: Sequence[RoutedText], tasks: Sequence[str]) -> RoutingFigures:
@@ -297,12 +368,19 @@ def time_decisions(
     Measured on the first rows, one at a time, after a warm-up. A server adds the network, and
     shares batches between calls.
     """
-    timed = rows[:_TIMED_ROWS]
-    snapshot.decide(encoder.encode([timed[0].text]))
+    texts = [row.text for row in rows]
+    return _timed(lambda text: snapshot.decide(encoder.encode([text])), texts, progress)
+
+
+def _timed(
+    decide_one: Callable[[str], object], texts: Sequence[str], progress: Progress
+) -> Percentiles:
+    timed = texts[:_TIMED_ROWS]
+    decide_one(timed[0])
     seconds = []
-    for done, row in enumerate(timed, start=1):
+    for done, text in enumerate(timed, start=1):
         began = time.perf_counter()
-        snapshot.decide(encoder.encode([row.text]))
+        decide_one(text)
         seconds.append(time.perf_counter() - began)
         progress("one at a time", "decide", done, len(timed))
     return metrics.percentiles(seconds)

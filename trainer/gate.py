@@ -11,16 +11,18 @@ task before and would go to the new one, by heads that were fitted without it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binom
 
-from router.compiling import REJECTED, held_out_by_task
+from router.compiling import REJECTED, UNSCORED, held_out_by_task
 from router.errors import RefusedError
-from router.head import Head
+from router.head import Head, best_row_per_task
+from router.interfaces import FloatArray
+from router.statistics import FOLDS
 from router.tasks import TaskKey
 
 DEFAULT_GATE_LIMIT = 0.05
@@ -30,6 +32,9 @@ _LEAST_TAKEN_ROWS = 2
 # would come from the limit at most this often.
 _MOST_CHANCE = 0.15
 _NEAR_DUPLICATE = 0.2
+# Of a catalog that is calibrated on a sample.
+_NEAR_TASKS = 32
+_ROWS_OF_NEAR_TASK = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,36 +121,55 @@ class InterferenceError(RefusedError):
 
 
 def measure(
-    before: Head | None, after: Head, rows: Mapping[TaskKey, int], new: Sequence[TaskKey]
+    before: Head | None,
+    after: Head,
+    rows: Mapping[TaskKey, int],
+    new: Sequence[TaskKey],
+    vectors: Callable[[TaskKey], FloatArray] | None = None,
 ) -> GateReport:
     """What `new` tasks do, from the live head and the one that would be.
 
     `rows` is the number of stored rows of each task of either head. Without `before` (it is
     damaged) every row counts as having gone to its own task.
+
+    Where `after` is calibrated on a sample of the rows, this is too thin to tell of single tasks:
+    then the first stored rows of the new tasks and of those nearest to them, from `vectors`, are
+    decided among these tasks by the heads as they serve, whose means know the rows.
     """
     now = held_out_by_task(after, rows)
     then = held_out_by_task(before, rows) if before is not None else {}
-    old = [key for key in after.tasks if key not in new and (before is None or key in then)]
+    if vectors is not None and (after.held_out == UNSCORED).any():
+        near = _nearest_tasks(after, new, vectors)
+        now.update(_decided_among(after, near, vectors))
+        if before is not None:
+            then.update(_decided_among(before, [key for key in near if key in then], vectors))
+    old = [key for key in now if key not in new and (before is None or key in then)]
+    for key in old if before is not None else ():
+        # Of a task that is near, there are as many rows in both; else a sample, or all.
+        scored = min(len(then[key]), len(now[key]))
+        unscored = (then[key][:scored] == UNSCORED) | (now[key][:scored] == UNSCORED)
+        then[key], now[key] = then[key][:scored][~unscored], now[key][:scored][~unscored]
+    place = {} if before is None else {key: n for n, key in enumerate(before.tasks)}
     own_before = {
-        key: then[key] == before.tasks.index(key)
-        if before is not None
-        else np.ones(rows[key], bool)
+        key: then[key] == place[key] if before is not None else np.ones(len(now[key]), bool)
         for key in old
     }
+    for key in new:  # one that keeps no rows, or none that was scored
+        now.setdefault(key, np.zeros(0, np.int32))
     number = {key: n for n, key in enumerate(after.tasks)}
     taken = [
-        Taken(key, by, count, rows[key])
+        Taken(key, by, count, len(now[key]))
         for key in old
         for by in new
         if (count := int((own_before[key] & (now[key] == number[by])).sum()))
     ] + [
-        Taken(key, by, count, rows[key])
+        Taken(key, by, count, len(now[key]))
         for key in new
         for by in new
         if key != by and (count := int((now[key] == number[by]).sum()))
     ]
     pairs = [*((by, key) for by in new for key in old), *itertools.combinations(new, 2)]
-    total = sum(rows[key] for key in old)
+    total = sum(len(now[key]) for key in old)
     right_after = sum(int((now[key] == number[key]).sum()) for key in old)
     return GateReport(
         tuple(sorted(taken, key=lambda t: (-t.share, t.task, t.by))),
@@ -157,12 +181,54 @@ def measure(
         tuple(
             Suspect(key, int(row), None if (to := now[key][row]) == REJECTED else after.tasks[to])
             for key in new
-            for row in np.flatnonzero(now[key] != number[key])
+            for row in np.flatnonzero((now[key] != number[key]) & (now[key] != UNSCORED))
         ),
         sum(int(own.sum()) for own in own_before.values()) / total if total else None,
         right_after / total if total else None,
         tuple(new),
     )
+
+
+def _nearest_tasks(
+    head: Head, new: Sequence[TaskKey], vectors: Callable[[TaskKey], FloatArray]
+) -> list[TaskKey]:
+    """The new tasks that keep rows, and those that the means of these score best."""
+    kept = [rows for key in new if len(rows := vectors(key))]
+    if not kept:
+        return []
+    scores = head.scores(np.stack([rows.mean(0) for rows in kept]))
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :_NEAR_TASKS]
+    return sorted({*new, *(head.tasks[number] for number in best.ravel())})
+
+
+def _decided_among(
+    head: Head, keys: Sequence[TaskKey], vectors: Callable[[TaskKey], FloatArray]
+) -> dict[TaskKey, NDArray[np.int32]]:
+    """The decision of `head` on the first rows of these tasks, as if there were no others."""
+    if not keys:
+        return {}
+    place = {key: n for n, key in enumerate(head.tasks)}
+    among = np.array(sorted(place[key] for key in keys))
+    mine = np.isin(head.row_task, among)
+    rows_of_near, task_of_row = head.rows[mine], head.row_task[mine]
+    thresholds = np.array(head.thresholds)
+    closeness = head.closeness()
+    decided = {}
+    for key in keys:
+        rows = vectors(key)[:_ROWS_OF_NEAR_TASK]
+        queries, offsets = head.queries(rows)
+        scores = best_row_per_task(queries @ rows_of_near.T, task_of_row)
+        scores = scores + offsets[:, None]
+        # No row is close to itself: those of its fold are left out.
+        for fold in range(FOLDS):
+            if closeness is not None:
+                part = scores[fold::FOLDS]
+                tasks = np.broadcast_to(among, part.shape)
+                part += closeness.of(queries[fold::FOLDS, :-1], tasks, fold)
+        winner = among[scores.argmax(1)]
+        accepted = scores.max(1) >= thresholds[winner]
+        decided[key] = np.where(accepted, winner, REJECTED).astype(np.int32)
+    return decided
 
 
 def check(report: GateReport, unforced: Collection[TaskKey], limit: float) -> None:
@@ -188,7 +254,7 @@ def check(report: GateReport, unforced: Collection[TaskKey], limit: float) -> No
 
 
 def _share(decided: NDArray[np.int32], number: int) -> float:
-    return float((decided == number).mean())
+    return float((decided == number).mean()) if len(decided) else 0.0
 
 
 def _in_words(tasks: Sequence[TaskKey], report: GateReport) -> str:

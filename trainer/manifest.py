@@ -29,7 +29,10 @@ _TEXTS = (
 )
 # Paths, relative to the manifest.
 _FOLDERS = ("prompt_from",)
-_FLAGS = ("with_prompt", "with_classifier", "free_text", "drop_duplicates", "revise")
+_FLAGS = (
+    *("with_prompt", "with_classifier", "free_text", "drop_duplicates", "revise"),
+    *("keep_text", "statistics_only"),
+)
 
 
 def read_manifest(path: Path) -> list[RegisterTask]:

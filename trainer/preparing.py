@@ -48,6 +48,10 @@ def prepare(catalog: CatalogReader, request: RegisterTask) -> Prepared:
         raise InvalidInputError(
             "prompt_from", request.prompt_from, "give it without --no-prompt (with_prompt: false)"
         )
+    if request.statistics_only and request.keep_text:
+        raise InvalidInputError(
+            "keep_text", "with statistics_only", "embeddings tell less than texts: give one of them"
+        )
     revision = next_revision(catalog.newest_record(request.name), request)
     challenge = requested_challenge(catalog, request, revision)
     file = read_labelled(

@@ -21,11 +21,14 @@ from router.interfaces import Embeddings, FloatArray, LanguageModel, prompted_en
 from router.loading import (
     CLASSIFIER_TENSOR,
     CLUSTERS_TENSOR,
+    COUNTS_TENSOR,
     EMBEDDINGS_TENSOR,
     ENCODER_PROMPT_TENSOR,
+    GRAM_TENSOR,
     PROMPT_TENSORS,
+    SUMS_TENSOR,
 )
-from router.statistics import to_fixed_point
+from router.statistics import sums_of, to_fixed_point
 from router.tasks import ClassifierSummary, PromptSummary, TaskRecord
 from router.templates import fill
 from trainer.admission import Registered, SuspectInput
@@ -34,7 +37,7 @@ from trainer.catalog_writer import now
 from trainer.checkpoint import DEFAULT_SECONDS, Checkpoints
 from trainer.clustering import cluster
 from trainer.commands import PolicyChange, RegisterTask
-from trainer.data import Example, LabelledFile, summarise
+from trainer.data import Example, summarise
 from trainer.encoder_prompts import EncoderPromptJob, EncoderPromptTuner, TaskPrompting
 from trainer.gate import DEFAULT_GATE_LIMIT, InterferenceError
 from trainer.initialisation import Start
@@ -43,6 +46,7 @@ from trainer.nearest_prompts import nearest_prompts
 from trainer.preparing import Prepared, prepare
 from trainer.prompt_import import import_prompt
 from trainer.prompt_quality import LabelledRow, Quality
+from trainer.text_keeping import keep_texts
 from trainer.tuned_prompt import TunedPrompt, TuningFailure, training_curve
 from trainer.tuning import tune
 from trainer.tuning_log import TuningLog
@@ -303,13 +307,8 @@ def _store(
 ) -> TaskRecord:
     """Embed the rows, store rows and prompt, and make the record."""
     request = task.request
-    embeddings = embed(workshop, request.name, task.file, progress)
-    embeddings_sha256 = workshop.artifacts.write_tensors(
-        {
-            EMBEDDINGS_TENSOR: to_fixed_point(embeddings.vectors),
-            CLUSTERS_TENSOR: cluster(embeddings.vectors)[:, None],
-        }
-    )
+    texts = [example.input for example in task.file.examples]
+    embeddings = embed(workshop, request.name, texts, progress)
     prompt = classifier = None
     if tuned is not None and base_model is not None:
         classifier = classifiers.stored(task, embeddings.vectors)
@@ -341,11 +340,40 @@ def _store(
         outputs=task.outputs,
         data=summarise(task.file, len(task.train), len(task.validation)),
         encoder=workshop.encoder.fingerprint,
-        embeddings_sha256=embeddings_sha256,
+        embeddings_sha256=store_rows(
+            workshop, embeddings.vectors, statistics_only=request.statistics_only
+        ),
         prompt=prompt,
         forced_reason=request.force,
         template=request.template,
         classifier=classifier,
+        texts_sha256=(
+            keep_texts(workshop.artifacts, task.file.examples) if request.keep_text else ""
+        ),
+        statistics_only=request.statistics_only,
+    )
+
+
+def store_rows(workshop: Workshop, vectors: FloatArray, *, statistics_only: bool = False) -> str:
+    """Store a task's embeddings `[n, D]` with their clusters; returns the file's digest.
+
+    With `statistics_only` the sums over them, and not themselves.
+    """
+    if statistics_only:
+        sums = sums_of(to_fixed_point(vectors))
+        triangle = sums.gram[np.triu_indices(len(sums.gram))]
+        return workshop.artifacts.write_tensors(
+            {
+                COUNTS_TENSOR: sums.counts[:, None].astype(np.int64),
+                SUMS_TENSOR: sums.sums.astype(np.int64),
+                GRAM_TENSOR: triangle[None].astype(np.int64),
+            }
+        )
+    return workshop.artifacts.write_tensors(
+        {
+            EMBEDDINGS_TENSOR: to_fixed_point(vectors),
+            CLUSTERS_TENSOR: cluster(vectors)[:, None],
+        }
     )
 
 
@@ -395,9 +423,8 @@ class _Classifiers:
         return EncoderPromptTuner(self._settings.steps)
 
 
-def embed(workshop: Workshop, name: str, file: LabelledFile, progress: Progress) -> Embeddings:
-    """Embed all rows of a file, in pieces, with progress."""
-    texts = [example.input for example in file.examples]
+def embed(workshop: Workshop, name: str, texts: Sequence[str], progress: Progress) -> Embeddings:
+    """Embed the texts of a task, in pieces, with progress."""
     pieces = []
     for start in range(0, len(texts), _EMBED_ROWS):
         progress(name, "embed", start, len(texts))

@@ -9,7 +9,13 @@ from dataclasses import asdict
 import numpy as np
 
 from trainer import metrics, plots
-from trainer.evaluate_routing import RejectFigures, RoutedText, RoutingEvaluation, RoutingFigures
+from trainer.evaluate_routing import (
+    CascadeFigures,
+    RejectFigures,
+    RoutedText,
+    RoutingEvaluation,
+    RoutingFigures,
+)
 from trainer.metrics import CoverageRisk, Reliability
 from trainer.report import Picture, Report, Table
 from trainer.report_words import interval_in_words, number, percent, summary_table
@@ -41,11 +47,14 @@ def routing_report(evaluation: RoutingEvaluation, source: str) -> Report:
         "task_map": evaluation.places,
         "timing": {"milliseconds_per_decision": latency},
     }
+    if evaluation.cascade is not None:
+        document["cascade"] = asdict(evaluation.cascade)
     speed = f"p90 {latency.p90:.1f}, p99 {latency.p99:.1f}; one text at a time, in process"
     summary = [
         *routing_summary(figures, reject),
         _area_row(evaluation.coverage_risk),
         ["milliseconds a decision, median", f"{latency.p50:.1f}", speed],
+        *([] if evaluation.cascade is None else _cascade_rows(evaluation.cascade)),
     ]
     return Report(
         title=f"Routing of {source}",
@@ -67,6 +76,33 @@ def routing_report(evaluation: RoutingEvaluation, source: str) -> Report:
         ),
         decisions=evaluation.decisions,
     )
+
+
+def _cascade_rows(cascade: CascadeFigures) -> list[list[str]]:
+    """What the cascade saves and costs; the rows above are of the full encoder alone."""
+    outside = ""
+    if cascade.out_of_scope_fast is not None and cascade.out_of_scope_rejected is not None:
+        outside = (
+            f"; of those out of scope {percent(cascade.out_of_scope_fast)}, and "
+            f"{percent(cascade.out_of_scope_rejected)} are rejected"
+        )
+    return [
+        [
+            "cascade: decided by the fast encoder",
+            percent(cascade.decided_fast),
+            f"{percent(cascade.differing)} of all rows are decided otherwise{outside}",
+        ],
+        [
+            "cascade: routing accuracy",
+            percent(cascade.accuracy),
+            f"with rejection {percent(cascade.accuracy_with_rejection)}",
+        ],
+        [
+            "cascade: milliseconds a decision, median",
+            f"{cascade.milliseconds_per_decision.p50:.1f}",
+            f"p90 {cascade.milliseconds_per_decision.p90:.1f}",
+        ],
+    ]
 
 
 def routing_summary(figures: RoutingFigures, reject: RejectFigures | None) -> list[list[str]]:

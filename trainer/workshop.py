@@ -11,7 +11,13 @@ from router.background import measure_background
 from router.catalog import ARTIFACTS_FOLDER, HEADS_FOLDER, StoredChallenger
 from router.challengers import Challenge
 from router.compiling import HEAD_KINDS, changed_decisions, compile_head
-from router.errors import CorruptArtifactError, InvalidInputError, TaskNotFoundError
+from router.errors import (
+    CatalogBusyError,
+    CorruptArtifactError,
+    IncompatibleModelError,
+    InvalidInputError,
+    TaskNotFoundError,
+)
 from router.fitting import Background
 from router.head import Head, empty_head
 from router.interfaces import Encoder
@@ -129,6 +135,7 @@ class Workshop:
         force: str = "",
         challenge: Challenge | None = None,
         ended: str = "",
+        other_encoder: bool = False,
     ) -> Published:
         """Compile the head for what will be live, store it, and append to the catalog.
 
@@ -138,6 +145,9 @@ class Workshop:
         With a `gate_limit`, tasks that were not live, and take more than that share of one that
         was, are refused; not so where `force` or a new record gives a reason, which is recorded.
 
+        `other_encoder`: the catalog goes over to the workshop's encoder, by new records of all
+        tasks.
+
         All of it happens while other writers are held off, so that registrations at the same time
         cannot miss each other. A crash anywhere before the commit leaves only orphan files.
 
@@ -146,10 +156,12 @@ class Workshop:
             TaskNotFoundError: `change` falls back to a task that would not be live, or `challenge`
                 is of a task that is not.
             InvalidInputError: `challenge` cannot be (`trainer.challenges`).
+            IncompatibleModelError: what would be live was embedded by another encoder.
+            CatalogBusyError: of `other_encoder`, a task came meanwhile.
         """
         try:
             published = self._publish(
-                action, records, live, change, gate_limit, force, challenge, ended
+                action, records, live, change, gate_limit, force, challenge, ended, other_encoder
             )
         except BaseException:
             self._forget(records)
@@ -167,11 +179,13 @@ class Workshop:
         force: str,
         challenge: Challenge | None,
         ended: str,
+        other_encoder: bool,
     ) -> Published:
         catalog = self.catalog
         with catalog.appending():
             parent = catalog.newest_revision()
-            self.check_encoder()
+            if not other_encoder:
+                self.check_encoder()
             policy = self.policy(change)
             new = {record.key: record for record in records}
             for record in records:
@@ -184,6 +198,10 @@ class Workshop:
                     tasks[name] = TaskKey(name, revision)
             if change is not None and change.on_unknown is not None:
                 _check_fallback(change.on_unknown, tasks)
+            if other_encoder and set(tasks.values()) != new.keys():
+                raise CatalogBusyError(
+                    "encoder", self.encoder.name, "tasks changed meanwhile; run it again"
+                )
             stood = [stored.challenge for stored in catalog.challengers(parent)]
             stand = standing_challenges(stood, tasks, challenge, ended)
             head = self._compile(tasks.values(), new, policy)
@@ -201,7 +219,13 @@ class Workshop:
                 arriving = sorted({challenge.key} - {each.key for each in stood})
                 arrived = challengers[challenge]
             if gate_limit is not None and arriving:
-                gate = measure(before, arrived, rows, arriving)
+                gate = measure(
+                    before,
+                    arrived,
+                    rows,
+                    arriving,
+                    lambda key: self._task_statistics(key, new).vectors,
+                )
                 forced = {record.key for record in records if record.forced_reason}
                 check(gate, () if force else {*arriving} - forced, gate_limit)
             content = head.to_bytes()
@@ -258,13 +282,23 @@ class Workshop:
     def _task_statistics(self, key: TaskKey, new: Mapping[TaskKey, TaskRecord]) -> TaskStatistics:
         if key not in self._statistics:
             record = new.get(key) or self.catalog.record(key)
+            if record.encoder != self.encoder.fingerprint:
+                raise IncompatibleModelError(
+                    f"encoder of {key}",
+                    record.encoder,
+                    f"the catalog is of {self.encoder.fingerprint} now; register the task again"
+                    " with --revise",
+                )
             self._statistics[key] = read_statistics(self.artifacts, record)
         return self._statistics[key]
 
     def _rows(self, key: TaskKey) -> int:
-        """How many rows a task has; also of one whose stored rows are damaged, to retire it."""
+        """How many rows a task keeps; also of one whose stored rows are damaged, to retire it."""
         statistics = self._statistics.get(key)
-        return len(statistics.embeddings) if statistics else self.catalog.record(key).data.rows
+        if statistics is not None:
+            return len(statistics.embeddings)
+        record = self.catalog.record(key)
+        return 0 if record.statistics_only else record.data.rows
 
     def _read_head_if_whole(self, revision: int) -> Head | None:
         """The compiled head of a revision; None where its file is damaged."""

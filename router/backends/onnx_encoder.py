@@ -90,6 +90,11 @@ class OnnxMiniLM:
         """1152."""
         return HIDDEN * len(POOLED_LAYERS)
 
+    @property
+    def window(self) -> int:
+        """256."""
+        return WINDOW_TOKENS
+
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text, cut to the window."""
         return [len(encoding.ids) for encoding in self._tokenizer.encode_batch(list(texts))]

@@ -54,7 +54,7 @@ class TorchEncoder:
             self._model = SentenceTransformer(name_or_folder, device=device)
         except (OSError, ValueError) as error:
             raise InvalidInputError(
-                "encoder", name_or_folder, "give all-MiniLM-L6-v2, a hub name or a folder"
+                "encoder", name_or_folder, "give all-MiniLM-L6-v2, fast, a hub name or a folder"
             ) from error
         self._model.eval()
         if window is not None:
@@ -92,28 +92,29 @@ class TorchEncoder:
         width = self._model.get_embedding_dimension()
         return int(width or 0)
 
+    @property
+    def window(self) -> int:
+        """As the model's own settings say, or as it was set."""
+        return int(self._model.max_seq_length or 512)
+
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text, cut to the window."""
-        return [min(length, self._window) for length in self._lengths(texts)]
+        return [min(length, self.window) for length in self._lengths(texts)]
 
     def encode(self, texts: Sequence[str]) -> Embeddings:
         """Embed `texts` `[B]` to unit vectors `[B, D]`."""
         lengths = np.array(self._lengths(texts), np.int32)
         vectors = np.zeros((len(texts), self.dimension), np.float32)
         with torch.inference_mode():
-            for chosen in batches_by_length(np.minimum(lengths, self._window), MAX_BATCH_TOKENS):
+            for chosen in batches_by_length(np.minimum(lengths, self.window), MAX_BATCH_TOKENS):
                 rows = [texts[row] for row in chosen]
                 vectors[chosen] = self._pooled(rows) if self._layers else self._own(rows)
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-        return Embeddings(vectors / np.maximum(norms, 1e-12), lengths > self._window)
+        return Embeddings(vectors / np.maximum(norms, 1e-12), lengths > self.window)
 
     @property
     def _transformer(self) -> Any:  # noqa: ANN401 - any Hugging Face model
         return self._model[0].model
-
-    @property
-    def _window(self) -> int:
-        return int(self._model.max_seq_length or 512)
 
     def _lengths(self, texts: Sequence[str]) -> list[int]:
         if not texts:
@@ -128,7 +129,7 @@ class TorchEncoder:
     def _tokens(self, texts: Sequence[str]) -> Any:  # noqa: ANN401 - a tokenizer's own mapping
         """Ids and mask of texts, cut to the window and padded on the right, on the device."""
         return self._model.tokenizer(
-            list(texts), truncation=True, max_length=self._window, padding=True, return_tensors="pt"
+            list(texts), truncation=True, max_length=self.window, padding=True, return_tensors="pt"
         ).to(self._model.device)
 
     def _pooled(self, texts: Sequence[str]) -> FloatArray:
@@ -171,7 +172,7 @@ class TorchMiniLM(TorchEncoder):
             IncompatibleModelError: a prompt is of another width.
         """
         check_encoder_prompts(prompts, HIDDEN)
-        lengths = np.minimum(self._lengths(texts), self._window).astype(np.int32)
+        lengths = np.minimum(self._lengths(texts), self.window).astype(np.int32)
         sizes = np.array([len(prompt) for prompt in prompts], np.int32)
         vectors = np.zeros((len(texts), self.dimension), np.float32)
         for size in np.unique(sizes):  # those of one batch have one length

@@ -54,7 +54,7 @@ class RememberingEncoder:
         self._file = file
         self._known: dict[bytes, FloatArray] = {}
         self.name, self.fingerprint = encoder.name, encoder.fingerprint
-        self.dimension = encoder.dimension
+        self.dimension, self.window = encoder.dimension, encoder.window
         if file is not None and file.exists():
             with np.load(file) as kept:
                 if str(kept["fingerprint"]) == self.fingerprint:

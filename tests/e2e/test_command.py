@@ -33,7 +33,7 @@ COMMANDS = [
     *("inspect", "export", "status", "top", "token", "demo"),
     *("base show", "base check"),
     *("evaluate routing", "evaluate answers", "evaluate stream"),
-    *("policy show", "policy set"),
+    *("policy show", "policy set", "encoders"),
 ]
 
 

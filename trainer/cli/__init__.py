@@ -13,6 +13,7 @@ from trainer.cli import (
     comparing,
     demo,
     drifting,
+    encoders,
     evaluation,
     exchanging,
     inspecting,
@@ -87,6 +88,7 @@ demo.add_to(app)
 comparing.add_to(evaluation.app)
 app.add_typer(evaluation.app, name="evaluate")
 app.add_typer(base_models.app, name="base")
+app.add_typer(encoders.app, name="encoders")
 app.add_typer(policy.app, name="policy")
 app.add_typer(challenging.app, name="challenger")
 

@@ -78,8 +78,9 @@ EncoderName = Annotated[
     str,
     typer.Option(
         envvar="PROMPTYARD_ENCODER",
-        help="Sentence encoder: all-MiniLM-L6-v2 (comes with the install), or any "
-        "sentence-transformers model by hub name or folder.",
+        help="Sentence encoder: all-MiniLM-L6-v2 (comes with the install), fast (token vectors "
+        "distilled from it), or any sentence-transformers model by hub name or folder; see "
+        "`promptyard encoders`.",
     ),
 ]
 BaseModel = Annotated[

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from router.errors import InvalidInputError, StorageError
-from router.settings import DEFAULT_BASE_MODEL, DEFAULT_ENCODER
+from router.settings import DEFAULT_BASE_MODEL, DEFAULT_ENCODER, FAST_ENCODER
 from trainer.answer_metrics import Metric
 from trainer.cli.console import (
     AsJson,
@@ -81,6 +81,14 @@ def routing(
     revision: Annotated[
         int | None, typer.Option(help="Catalog revision to route with. Default: the newest.")
     ] = None,
+    cascade: Annotated[
+        bool,
+        typer.Option(
+            "--cascade",
+            help="Measure also what letting the fast encoder decide first saves and costs. Needs "
+            "the texts of all tasks (register --keep-text).",
+        ),
+    ] = False,
     home: Home = None,
     encoder: EncoderName = DEFAULT_ENCODER,
     as_json: AsJson = False,
@@ -90,7 +98,7 @@ def routing(
     promptyard evaluate routing --data held-out.jsonl --report out
     """
     with errors_for_people(as_json):
-        from router.bootstrap import load_encoder, log_to_stderr
+        from router.bootstrap import load_encoder, load_fast_model, log_to_stderr
         from trainer.evaluate_routing import evaluate_routing, load_snapshot
         from trainer.evaluation_rows import (
             EvaluationFields,
@@ -101,10 +109,19 @@ def routing(
         from trainer.routing_report import routing_report
 
         log_to_stderr("warning")
+        if cascade and encoder == FAST_ENCODER:
+            raise InvalidInputError(
+                "--cascade", f"with --encoder {encoder}", "name the full encoder"
+            )
         make_folder(report)
         rows = read_texts(data, EvaluationFields(input_field, task_field), oos_label)
         loaded = load_encoder(encoder)
-        snapshot = load_snapshot(home_folder(home), loaded, revision=revision)
+        fast = load_fast_model() if cascade else None
+        snapshot = load_snapshot(home_folder(home), loaded, revision=revision, fast=fast)
+        if cascade and snapshot.cascade is None:
+            raise InvalidInputError(
+                "--cascade", "not for this catalog", "see the warning on stderr for why"
+            )
         rows = match_tasks(data, rows, snapshot.tasks, unknown_as_oos=unknown_as_oos)
         with progress_bars() as progress:
             evaluation = evaluate_routing(

@@ -194,6 +194,15 @@ def serve(
             "0: none.",
         ),
     ] = 64.0,
+    cascade: Annotated[
+        bool,
+        typer.Option(
+            "--cascade",
+            envvar="PROMPTYARD_CASCADE",
+            help="Let the fast encoder decide what it is sure of. Needs the texts of all tasks "
+            "(register --keep-text); `promptyard evaluate routing --cascade` measures it.",
+        ),
+    ] = False,
     decision_log: Annotated[
         Path | None,
         typer.Option(
@@ -270,6 +279,7 @@ def serve(
             max_connection_calls=max_connection_calls,
             max_tenants=max_tenants,
             cache_mib=cache_mib,
+            cascade=cascade,
             decision_log=decision_log,
             decision_log_share=decision_log_share,
             decision_log_mib=decision_log_mib,

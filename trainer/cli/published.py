@@ -68,6 +68,9 @@ def print_effect(published: Published) -> None:
     if not head.tasks:
         out.print("no live task is left: every input is unknown now")
         return
+    if not report["held_out_rows"]:
+        out.print("no task keeps rows to hold out: nothing can be said of how they are routed")
+        return
     out.print(
         f"routing of held-out rows: {report['held_out_accuracy']:.1%} right, "
         f"{report['held_out_rejected']:.1%} rejected, {report['held_out_ambiguous']:.1%} ambiguous "

@@ -125,6 +125,22 @@ def register(
     drop_duplicates: Annotated[
         bool, typer.Option("--drop-duplicates", help="Keep the first of repeated inputs.")
     ] = False,
+    keep_text: Annotated[
+        bool,
+        typer.Option(
+            "--keep-text",
+            help="Store inputs and outputs in the home, as they are, so that `promptyard encoders "
+            "use` can embed them again. Default: no text is stored.",
+        ),
+    ] = False,
+    statistics_only: Annotated[
+        bool,
+        typer.Option(
+            "--statistics-only",
+            help="Keep no embeddings of the rows, but sums over all of them; see "
+            "docs/operations.md for what that costs.",
+        ),
+    ] = False,
     force: Annotated[
         str,
         typer.Option(
@@ -255,6 +271,8 @@ def register(
                     metric=metric,
                     template=template,
                     challenger=challenger,
+                    keep_text=keep_text,
+                    statistics_only=statistics_only,
                 )
             ]
         result = _register(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -35,6 +35,15 @@ Force = Annotated[
     str,
     typer.Option(metavar="REASON", help="Let it take too much of others; the reason is recorded."),
 ]
+
+
+_LOST_WITHOUT_EMBEDDINGS = (
+    "no row is held out: the threshold is that of all tasks together, and what is said of a "
+    "publish, by the gate and of drift leaves this task's own rows out",
+    "the head `auto` looks at no stored rows while this task is live",
+    "the task has one centroid",
+    "explanations show no examples of it",
+)
 
 
 def add_to(app: typer.Typer) -> None:
@@ -101,12 +110,16 @@ def show(
     row: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Show this stored row instead, as --explain numbers them; needs --data."
+            min=0,
+            help="Show this stored row instead, as --explain numbers them; needs --data where the "
+            "task keeps no texts.",
         ),
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="The file that the task was registered from: no text is stored."),
+        typer.Option(
+            help="The file that the task was registered from; not needed where it keeps texts."
+        ),
     ] = None,
     input_field: Annotated[str, typer.Option(help="Name of the column with inputs.")] = "input",
     output_field: Annotated[str, typer.Option(help="Name of the column with outputs.")] = "output",
@@ -122,11 +135,15 @@ def show(
         from trainer.cli.chosen_task import chosen_record
         from trainer.data import Fields
 
-        with CatalogReader(home_folder(home)) as catalog:
+        folder = home_folder(home)
+        with CatalogReader(folder) as catalog:
             record = chosen_record(catalog, name, revision)
             history = catalog.history(name)
             live = history[-1][1]
             head = catalog.revision(catalog.newest_revision())
+        if row is not None and data is None and record.texts_sha256:
+            _show_kept_row(folder, record, row, as_json)
+            return
         if row is not None or data is not None:
             _show_row(record, row, data, Fields(input_field, output_field, context_field), as_json)
             return
@@ -137,6 +154,8 @@ def show(
             "history": [{"catalog_revision": at, "task_revision": to} for at, to in history],
             "policy": asdict(head.policy),
         }
+        if record.statistics_only:
+            document["lost"] = list(_LOST_WITHOUT_EMBEDDINGS)
         if as_json:
             print_json(document)
             return
@@ -226,6 +245,16 @@ def gate_share(limit: float | None) -> float:
     return DEFAULT_GATE_LIMIT if limit is None else limit
 
 
+def _show_kept_row(folder: Path, record: TaskRecord, row: int, as_json: bool) -> None:
+    """Show a stored row of a task that keeps its texts."""
+    from router.artifacts import ArtifactReader
+    from router.catalog import ARTIFACTS_FOLDER
+    from router.kept_texts import kept_texts
+
+    texts = kept_texts(ArtifactReader(folder / ARTIFACTS_FOLDER), record)
+    _print_row(row, [(text.input, text.output) for text in texts], as_json)
+
+
 def _show_row(
     record: TaskRecord,
     row: int | None,
@@ -251,13 +280,19 @@ def _show_row(
         raise InvalidInputError(
             "--data", data, f"give the file that {record.key} was registered from, unchanged"
         )
-    if row >= len(file.examples):
-        raise InvalidInputError("--row", row, f"give 0 to {len(file.examples) - 1}")
-    example = file.examples[row]
+    _print_row(row, [(each.input, each.output) for each in file.examples], as_json)
+
+
+def _print_row(row: int, texts: Sequence[tuple[str, str]], as_json: bool) -> None:
+    from router.errors import InvalidInputError
+
+    if row >= len(texts):
+        raise InvalidInputError("--row", row, f"give 0 to {len(texts) - 1}")
+    text, output = texts[row]
     if as_json:
-        print_json({"row": row, "input": example.input, "output": example.output})
+        print_json({"row": row, "input": text, "output": output})
     else:
-        out.print(example.input, markup=False, highlight=False, soft_wrap=True)
+        out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _outputs(record: TaskRecord) -> str:

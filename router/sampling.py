@@ -1,0 +1,41 @@
+"""Which stored rows a large catalog is calibrated on: all of them, until that would take long.
+
+Scoring every row for every centroid takes their product. Where that is more than 2^26 pairs (8,000
+tasks of one row each), only so many rows are scored as make five million pairs, and 512 at least.
+The rates of a whole catalog are known from them to about a percent; thresholds of single tasks
+are then much like that of all together. The choice is a function of the set of tasks: the first
+rows of fold 0 of all tasks alike, and where there are more tasks than rows to score, of those whose
+digests come first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router.statistics import FOLDS, TaskStatistics
+
+MOST_PAIRS = 1 << 26
+SAMPLED_PAIRS = 5_000_000
+LEAST_SAMPLED_ROWS = 512
+
+
+def sampled_rows(tasks: Sequence[TaskStatistics], centroids: int) -> list[NDArray[np.int64]] | None:
+    """The numbers of each task's rows that are scored `[K][n_k]`, all of fold 0; None: all rows."""
+    rows = sum(len(task.embeddings) for task in tasks)
+    if rows * centroids <= MOST_PAIRS:
+        return None
+    wanted = max(SAMPLED_PAIRS // centroids, LEAST_SAMPLED_ROWS)
+    most = -(-wanted // len(tasks))
+    chosen = [np.zeros(0, np.int64)] * len(tasks)
+    for number in sorted(range(len(tasks)), key=lambda number: _digest(tasks[number])):
+        chosen[number] = np.arange(0, len(tasks[number].embeddings), FOLDS)[: min(most, wanted)]
+        wanted -= len(chosen[number])
+    return chosen
+
+
+def _digest(task: TaskStatistics) -> bytes:
+    return hashlib.blake2b(str(task.key).encode(), digest_size=8).digest()
