@@ -58,6 +58,27 @@ class Encoder(Protocol):
         """Embed `texts` `[B]` to unit vectors `[B, D]`."""
 
 
+class PromptedLearner(Protocol):
+    """An encoder's frozen network for gradients through encoder prompts: torch tensors."""
+
+    def start(self, text: str, length: int) -> Any:  # noqa: ANN401 - a torch tensor
+        """A prompt `[P, W]` to start from: what the network is given for a text, repeated.
+
+        Raises:
+            InvalidInputError: a text without words.
+        """
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts, cut to what a step can take."""
+
+    def embed(
+        self,
+        ids: Sequence[Sequence[int]],
+        prompt: Any,  # noqa: ANN401 - a torch tensor
+    ) -> Any:  # noqa: ANN401 - a torch tensor
+        """Unit vectors `[B, H]` of texts under `prompt`, differentiable in it."""
+
+
 @runtime_checkable
 class PromptedEncoder(Protocol):
     """An encoder that can also read texts under encoder prompts. Thread-safe."""
@@ -75,6 +96,9 @@ class PromptedEncoder(Protocol):
         Raises:
             IncompatibleModelError: a prompt is of another width.
         """
+
+    def for_gradients(self) -> PromptedLearner:
+        """The same network, to tune encoder prompts with."""
 
 
 def prompted_encoder(encoder: Encoder) -> PromptedEncoder | None:

@@ -36,6 +36,7 @@ NAMES_TORCH_MODEL = (
     "trainer/initialisation.py",
     "trainer/base_facts.py",
     "trainer/checkpoint.py",
+    "trainer/encoder_prompts.py",
     "trainer/example_prompt.py",
     "trainer/gradients.py",
     "trainer/inspection.py",

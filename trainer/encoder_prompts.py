@@ -18,11 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import BertModel
 
-from router.backends.checkpoint import cpu_multiplies_bfloat16
-from router.backends.onnx_encoder import POOLED_LAYERS, load_tokenizer, model_folder
-from router.backends.prompted_minilm import pooled_states
 from router.interfaces import FloatArray, PromptedEncoder
 
 # progress(task, stage, done, total)
@@ -37,8 +33,8 @@ _LEARNING_RATE = 0.03
 _WARM_UP_STEPS = 8
 _TEMPERATURE = 0.1
 _LONGEST_GRADIENT = 1.0
-# What a text says of its label it mostly says early, and a step's time grows with the longest text.
-_MOST_TOKENS = 96
+# What a prompt starts from where neither instruction nor labels have words.
+_NO_WORDS = "text"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,73 +51,30 @@ class EncoderPromptJob:
 
 
 class EncoderPromptTuner:
-    """Tunes prompts of the embedded encoder, `model`, whose weights stay as they are."""
+    """Tunes prompts of an encoder, whose weights stay as they are, in at most 40 steps."""
 
-    def __init__(self, steps: int = MOST_STEPS, device: str = "cpu") -> None:
-        """Load the embedded encoder's weights for gradients, of at most 40 steps.
-
-        In bfloat16 where the device multiplies that itself, with attention in plain products, for
-        which torch's fused kernel is slow on a CPU.
-        """
-        fast = device != "cpu" or cpu_multiplies_bfloat16()
-        self.model = BertModel.from_pretrained(
-            model_folder(),
-            dtype=torch.bfloat16 if fast else torch.float32,
-            attn_implementation="eager",
-        )
-        self.model.requires_grad_(False).train(False)
-        torch.nn.Module.to(self.model, device)
-        self._device = device
+    def __init__(self, encoder: PromptedEncoder, steps: int = MOST_STEPS) -> None:
+        self.learner = encoder.for_gradients()
         self._steps = min(steps, MOST_STEPS)
-        self._tokenizer = load_tokenizer(model_folder(), _MOST_TOKENS)
 
     def tune(self, job: EncoderPromptJob, progress: Progress = lambda *_: None) -> FloatArray:
-        """A prompt `[P, 384]`, float32. Deterministic for a job on the same kind of processor."""
-        ids = [encoding.ids for encoding in self._tokenizer.encode_batch(list(job.texts))]
-        labels = torch.from_numpy(job.labels).to(self._device)
-        prompt = self._start(job.about).requires_grad_(True)
+        """A prompt `[P, W]`, float32. Deterministic for a job on the same kind of processor."""
+        ids = self.learner.tokenize(job.texts)
+        labels = torch.from_numpy(job.labels)
+        prompt = self.learner.start(job.about.strip() or _NO_WORDS, LENGTH).requires_grad_(True)
         optimizer = torch.optim.AdamW([prompt], _LEARNING_RATE, weight_decay=0.0)
         rows = label_pairs(job.labels, random.Random(job.name))
         for step in range(self._steps):
             chosen = [next(rows) for _ in range(min(_ROWS_PER_STEP, len(ids)))]
-            vectors = self._embed([ids[i] for i in chosen], prompt)
-            [gradient] = torch.autograd.grad(contrastive_loss(vectors, labels[chosen]), [prompt])
-            prompt.grad = gradient
+            vectors = self.learner.embed([ids[i] for i in chosen], prompt)
+            [prompt.grad] = torch.autograd.grad(contrastive_loss(vectors, labels[chosen]), [prompt])
             torch.nn.utils.clip_grad_norm_([prompt], _LONGEST_GRADIENT)
             for group in optimizer.param_groups:
                 warm = min(1.0, (step + 1) / _WARM_UP_STEPS)
                 group["lr"] = _LEARNING_RATE * warm * (1 - step / self._steps)
             optimizer.step()
             progress(job.name, "encoder prompt", step + 1, self._steps)
-        return np.asarray(prompt.detach().cpu().numpy(), np.float32)
-
-    def _start(self, about: str) -> Tensor:
-        """The embedded tokens of a text, without positions, repeated up to the length."""
-        ids = self._tokenizer.encode(about or "text", add_special_tokens=False).ids
-        repeated = torch.tensor((ids * LENGTH)[:LENGTH], device=self._device)
-        embeddings = self.model.embeddings
-        with torch.no_grad():
-            words = embeddings.word_embeddings(repeated)
-            kinds = embeddings.token_type_embeddings.weight[0]
-            start: Tensor = embeddings.LayerNorm(words + kinds)
-        return start.float()
-
-    def _embed(self, ids: Sequence[Sequence[int]], prompt: Tensor) -> Tensor:
-        """The unit mean states of the last layer `[B, H]`, under `prompt`."""
-        longest = max(map(len, ids))
-        tokens = torch.zeros(len(ids), longest, dtype=torch.int64)
-        mask = torch.zeros_like(tokens)
-        for row, of_text in enumerate(ids):
-            tokens[row, : len(of_text)] = torch.tensor(of_text)
-            mask[row, : len(of_text)] = 1
-        [last] = pooled_states(
-            self.model,
-            tokens.to(self._device),
-            mask.to(self._device),
-            prompt.expand(len(ids), -1, -1),
-            POOLED_LAYERS[-1:],
-        )
-        return last
+        return np.asarray(prompt.detach().numpy(), np.float32)
 
 
 class TaskPrompting:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
 from importlib.metadata import version
 
 import numpy as np
@@ -385,6 +384,7 @@ class _Classifiers:
         self._settings = settings
         self._progress = progress
         self._encoder = prompted_encoder(workshop.encoder)
+        self._tuner: EncoderPromptTuner | None = None
 
     def stored(self, task: Prepared, vectors: FloatArray) -> ClassifierSummary | None:
         """The classifier of a task with a closed set of outputs, where it is wanted and helps.
@@ -416,11 +416,9 @@ class _Classifiers:
             [row.input for row in task.file.examples],
             np.array([number[row.output] for row in task.file.examples]),
         )
+        if self._tuner is None:
+            self._tuner = EncoderPromptTuner(self._encoder, self._settings.steps)
         return TaskPrompting(self._tuner, self._encoder, job, self._progress)
-
-    @cached_property
-    def _tuner(self) -> EncoderPromptTuner:
-        return EncoderPromptTuner(self._settings.steps)
 
 
 def embed(workshop: Workshop, name: str, texts: Sequence[str], progress: Progress) -> Embeddings:

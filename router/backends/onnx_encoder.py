@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime
@@ -19,11 +20,16 @@ from router.backends.minilm_graph import HIDDEN, WORDS, StoredTensor, build_mini
 from router.errors import IncompatibleModelError
 from router.interfaces import Embeddings, FloatArray
 
+if TYPE_CHECKING:
+    from router.backends.prompted_minilm import MiniLMLearner
+
 NAME = "all-MiniLM-L6-v2"
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 WINDOW_TOKENS = 256
 MAX_BATCH_TOKENS = 4096
+# A step of tuning takes as long as its longest text, which mostly says early what its label is.
+TUNED_TOKENS = 96
 
 # An early and a middle layer beside the last one: frozen features that separate tasks better than
 # the last layer alone, for the same forward pass. The early one, near the words themselves, adds
@@ -134,6 +140,10 @@ class OnnxMiniLM:
                 )
         return vectors
 
+    def for_gradients(self) -> MiniLMLearner:
+        """The same network on torch, to tune encoder prompts with."""
+        return learner()
+
     def _run(self, ids: Sequence[Sequence[int]], prompts: FloatArray) -> FloatArray:
         """Embed token ids, behind prompts `[B, P, 384]` or `_NO_PROMPT`."""
         lengths = np.array([len(tokens) for tokens in ids], np.int32)
@@ -182,6 +192,14 @@ def _stored_words(path: Path) -> StoredTensor:
         size = int.from_bytes(file.read(8), "little")
         about = json.loads(file.read(size))[WORDS]
     return StoredTensor(path.name, 8 + size + about["data_offsets"][0], tuple(about["shape"]))
+
+
+def learner() -> MiniLMLearner:
+    """The embedded encoder on torch, to tune encoder prompts with. Torch is imported here."""
+    from router.backends.prompted_minilm import MiniLMLearner
+
+    folder = model_folder()
+    return MiniLMLearner(folder, load_tokenizer(folder, TUNED_TOKENS), POOLED_LAYERS[-1])
 
 
 def check_encoder_prompts(prompts: Sequence[FloatArray], width: int) -> None:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
+from transformers import BertModel
+
+from router.backends.checkpoint import cpu_multiplies_bfloat16
+from router.errors import InvalidInputError
 
 
 def pooled_states(
@@ -40,3 +46,51 @@ def pooled_states(
         )
         for layer in layers
     ]
+
+
+class MiniLMLearner:
+    """The embedded encoder for gradients: a `router.interfaces.PromptedLearner`.
+
+    On the processor, in bfloat16 where that multiplies it itself, with attention in plain products,
+    for which torch's fused kernel is slow.
+    """
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, layer: int) -> None:
+        """Load the weights of a model folder. `layer` is the one whose states are averaged."""
+        self.network = BertModel.from_pretrained(
+            folder,
+            dtype=torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32,
+            attn_implementation="eager",
+        )
+        self.network.requires_grad_(False).train(False)
+        self._tokenizer = tokenizer
+        self._layer = layer
+
+    def start(self, text: str, length: int) -> Tensor:
+        """The embedded tokens of a text, without positions, repeated up to `length`: `[P, W]`."""
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if not ids:
+            raise InvalidInputError("start of an encoder prompt", repr(text), "give a text")
+        repeated = torch.tensor((ids * length)[:length])
+        embeddings = self.network.embeddings
+        with torch.no_grad():
+            words = embeddings.word_embeddings(repeated)
+            kinds = embeddings.token_type_embeddings.weight[0]
+            start: Tensor = embeddings.LayerNorm(words + kinds)
+        return start.float()
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts, cut to what a step can take."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
+
+    def embed(self, ids: Sequence[Sequence[int]], prompt: Tensor) -> Tensor:
+        """The unit mean states `[B, H]` of texts under `prompt`, differentiable in it."""
+        longest = max(map(len, ids))
+        tokens = torch.zeros(len(ids), longest, dtype=torch.int64)
+        mask = torch.zeros_like(tokens)
+        for row, of_text in enumerate(ids):
+            tokens[row, : len(of_text)] = torch.tensor(of_text)
+            mask[row, : len(of_text)] = 1
+        prompts = prompt.expand(len(ids), -1, -1)
+        [states] = pooled_states(self.network, tokens, mask, prompts, [self._layer])
+        return states

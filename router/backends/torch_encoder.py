@@ -22,9 +22,10 @@ from router.backends.onnx_encoder import (
     batches_by_length,
     check_encoder_prompts,
     check_weights,
+    learner,
     model_folder,
 )
-from router.backends.prompted_minilm import pooled_states
+from router.backends.prompted_minilm import MiniLMLearner, pooled_states
 from router.errors import IncompatibleModelError, InvalidInputError
 from router.interfaces import Embeddings, FloatArray
 
@@ -164,6 +165,10 @@ class TorchMiniLM(TorchEncoder):
     def prompt_width(self) -> int:
         """384."""
         return HIDDEN
+
+    def for_gradients(self) -> MiniLMLearner:
+        """The same network, to tune encoder prompts with."""
+        return learner()
 
     def encode_prompted(self, texts: Sequence[str], prompts: Sequence[FloatArray]) -> FloatArray:
         """Embed `texts` `[B]` under their encoder prompts `[P, 384]` to unit vectors `[B, 1152]`.

@@ -42,8 +42,8 @@ def questions_and_statements() -> EncoderPromptJob:
 
 
 @pytest.fixture(scope="module")
-def tuner() -> EncoderPromptTuner:
-    return EncoderPromptTuner(STEPS)
+def tuner(encoder: OnnxMiniLM) -> EncoderPromptTuner:
+    return EncoderPromptTuner(encoder, STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -80,14 +80,14 @@ def test_tuning_changes_no_weight_of_the_encoder_and_is_the_same_every_time(
 ) -> None:
     def digest() -> str:
         found = hashlib.sha256()
-        for value in tuner.model.state_dict().values():
+        for value in tuner.learner.network.state_dict().values():
             found.update(value.float().numpy().tobytes())
         return found.hexdigest()
 
     before = digest()
     np.testing.assert_array_equal(tuner.tune(job), prompt)
     assert digest() == before
-    assert not any(weights.requires_grad for weights in tuner.model.parameters())
+    assert not any(weights.requires_grad for weights in tuner.learner.network.parameters())
 
 
 def test_only_the_rows_that_were_asked_for_are_seen(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import trainer.register
-from router.interfaces import FloatArray
+from router.interfaces import FloatArray, PromptedLearner
 from router.label_classifier import LabelClassifier, LabelEvidence
 from router.loading import (
     CLASSIFIER_TENSOR,
@@ -304,6 +304,9 @@ class ShoutingEncoder(FakeEncoder):
     """Reads a text in front of which the words of its prompt's first number are written."""
 
     prompt_width = 4
+
+    def for_gradients(self) -> PromptedLearner:
+        raise NotImplementedError
 
     def encode_prompted(self, texts: Sequence[str], prompts: Sequence[FloatArray]) -> FloatArray:
         return self.encode(
