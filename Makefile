@@ -27,7 +27,7 @@ demo: $(INSTALLED)  ## Watch the whole job happen: register, serve, route, answe
 	$(BIN)/promptyard demo
 
 test: $(INSTALLED)  ## Run the tests (under ten minutes on two cores)
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses=2 --dist=loadfile
 
 fuzz: $(INSTALLED)  ## Try hostile input for long (the tests try it for short)
 	$(BIN)/pytest --hypothesis-profile=fuzz --timeout=0 tests/unit/test_hostile_input.py

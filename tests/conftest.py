@@ -31,6 +31,8 @@ settings.load_profile("promptyard")
 # A name that is not on the hub must not cost a test a minute; libraries draw no bars.
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Messages name temporary files, whose paths may be long: a line must hold them.
+os.environ["COLUMNS"] = "200"
 
 
 @pytest.fixture(scope="session", autouse=True)
