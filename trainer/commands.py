@@ -27,7 +27,8 @@ class RegisterTask:
     another; it is the reason, and is recorded. `prompt_from` is a folder of PEFT whose prompt is
     taken instead of tuning one. `metric` is what answers are scored by (`trainer.answer_metrics`);
     empty: what suits the outputs. `template` is stored with the task (`router.templates`).
-    `with_classifier`: fit a label classifier beside the prompt, where the outputs are a closed set.
+    `with_classifier`: fit a label classifier beside the prompt, where the outputs are a closed set;
+    `encoder_prompt`: of embeddings under an encoder prompt, which is tuned for that.
     `challenger` is a share (`10%`) or `shadow`, with `revise`: the next revision is tried beside
     the current one (`router.challengers`). `keep_text` stores inputs and outputs in the home, so
     that another encoder can embed them (`trainer.switching`). `statistics_only` stores
@@ -48,6 +49,7 @@ class RegisterTask:
     metric: str = ""
     template: str = ""
     with_classifier: bool = True
+    encoder_prompt: bool = False
     challenger: str = ""
     keep_text: bool = False
     statistics_only: bool = False

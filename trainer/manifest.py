@@ -31,7 +31,7 @@ _TEXTS = (
 _FOLDERS = ("prompt_from",)
 _FLAGS = (
     *("with_prompt", "with_classifier", "free_text", "drop_duplicates", "revise"),
-    *("keep_text", "statistics_only"),
+    *("keep_text", "statistics_only", "encoder_prompt"),
 )
 
 

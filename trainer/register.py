@@ -16,7 +16,13 @@ import numpy as np
 
 from router.challengers import Challenge
 from router.errors import InvalidInputError, PromptyardError, RefusedError, shorten
-from router.interfaces import Embeddings, FloatArray, LanguageModel, prompted_encoder
+from router.interfaces import (
+    Embeddings,
+    Encoder,
+    FloatArray,
+    LanguageModel,
+    prompted_encoder,
+)
 from router.loading import (
     CLASSIFIER_TENSOR,
     CLUSTERS_TENSOR,
@@ -40,7 +46,7 @@ from trainer.data import Example, summarise
 from trainer.encoder_prompts import EncoderPromptJob, EncoderPromptTuner, TaskPrompting
 from trainer.gate import DEFAULT_GATE_LIMIT, InterferenceError
 from trainer.initialisation import Start
-from trainer.label_classifier import PROMPT_WEIGHT, fit_classifier
+from trainer.label_classifier import fit_classifier
 from trainer.nearest_prompts import nearest_prompts
 from trainer.preparing import Prepared, prepare
 from trainer.prompt_import import import_prompt
@@ -88,6 +94,7 @@ def register(
         PromptyardError: nothing could be registered for a reason that no single task has.
     """
     _refuse_challenger_among_others(requests)
+    _refuse_useless_encoder_prompts(requests, workshop.encoder)
     workshop.check_encoder()
     workshop.policy(change)
     failures: dict[str, PromptyardError] = {}
@@ -154,6 +161,24 @@ def _refuse_challenger_among_others(requests: Sequence[RegisterTask]) -> None:
         raise InvalidInputError(
             "challenger", ", ".join(challengers), "register a challenger in a call of its own"
         )
+
+
+def _refuse_useless_encoder_prompts(requests: Sequence[RegisterTask], encoder: Encoder) -> None:
+    for request in requests:
+        if not request.encoder_prompt:
+            continue
+        if prompted_encoder(encoder) is None:
+            raise InvalidInputError(
+                "encoder prompt",
+                encoder.name,
+                "leave it out: of the encoders only the embedded one takes prompts",
+            )
+        if not (request.with_prompt and request.with_classifier) or request.free_text:
+            raise InvalidInputError(
+                "encoder prompt",
+                request.name,
+                "leave it out, or register a prompt and a label classifier for it to serve",
+            )
 
 
 def _suspects(
@@ -377,7 +402,7 @@ def store_rows(workshop: Workshop, vectors: FloatArray, *, statistics_only: bool
 
 
 class _Classifiers:
-    """Fits and stores the label classifiers of tasks, with encoder prompts where they can be."""
+    """Fits and stores the label classifiers of tasks, with encoder prompts where wanted."""
 
     def __init__(self, workshop: Workshop, settings: TuningSettings, progress: Progress) -> None:
         self._workshop = workshop
@@ -403,11 +428,14 @@ class _Classifiers:
             tensors[ENCODER_PROMPT_TENSOR] = fitted.encoder_prompt
             tokens = len(fitted.encoder_prompt)
         return ClassifierSummary(
-            self._workshop.artifacts.write_tensors(tensors), PROMPT_WEIGHT, fitted.accuracy, tokens
+            self._workshop.artifacts.write_tensors(tensors),
+            fitted.prompt_weight,
+            fitted.accuracy,
+            tokens,
         )
 
     def _prompting(self, task: Prepared) -> TaskPrompting | None:
-        if self._encoder is None or task.outputs is None:
+        if self._encoder is None or task.outputs is None or not task.request.encoder_prompt:
             return None
         number = {output: n for n, output in enumerate(task.outputs)}
         job = EncoderPromptJob(

@@ -11,8 +11,15 @@ import numpy as np
 import pytest
 
 import trainer.register
+from router.backends.onnx_encoder import OnnxMiniLM
+from router.errors import InvalidInputError
 from router.interfaces import FloatArray, PromptedLearner
-from router.label_classifier import LabelClassifier, LabelEvidence
+from router.label_classifier import (
+    ClassifierInput,
+    LabelClassifier,
+    LabelEvidence,
+    read_evidence,
+)
 from router.loading import (
     CLASSIFIER_TENSOR,
     ENCODER_PROMPT_TENSOR,
@@ -255,6 +262,53 @@ def test_a_classifier_of_other_labels_or_dimensions_is_refused(
         read_classifier(workshop.artifacts, more, DIMENSION)
     with pytest.raises(trainer.register.PromptyardError, match="25 columns, not 8"):
         read_classifier(workshop.artifacts, record, 7)
+
+
+def test_an_encoder_prompt_that_nothing_would_read_is_refused(
+    workshop: Workshop, tmp_path: Path, encoder: OnnxMiniLM
+) -> None:
+    data = two_labels(tmp_path)
+    with pytest.raises(InvalidInputError, match="only the embedded one takes prompts"):
+        registered(workshop, data, encoder_prompt=True)
+    with Workshop(tmp_path / "embedded", encoder) as embedded:
+        for without in ({"with_classifier": False}, {"free_text": True}, {"with_prompt": False}):
+            with pytest.raises(InvalidInputError, match="encoder prompt: places"):
+                registered(embedded, data, encoder_prompt=True, **without)
+    assert workshop.catalog.newest_revision() == 0
+
+
+def test_a_task_is_registered_with_an_encoder_prompt_where_one_is_asked_for(
+    workshop: Workshop, tmp_path: Path, encoder: OnnxMiniLM
+) -> None:
+    with Workshop(tmp_path / "embedded", encoder) as embedded:
+        requests = [
+            RegisterTask(name, two_labels(tmp_path), encoder_prompt=name == "prompted")
+            for name in ("plain", "prompted")
+        ]
+        said: list[tuple[str, str]] = []
+        found = register(
+            embedded,
+            requests,
+            FakeLanguageModel(),
+            TuningSettings(steps=2),
+            progress=lambda task, stage, *_: said.append((task, stage)),
+            gate_limit=1.0,
+        )
+        plain, prompted = found.records
+        assert plain.classifier is not None
+        assert prompted.classifier is not None
+        assert plain.classifier.encoder_prompt_tokens == 0
+        assert prompted.classifier.encoder_prompt_tokens == 20
+        assert prompted.classifier.prompt_weight < plain.classifier.prompt_weight
+        classifier = read_classifier(embedded.artifacts, prompted, encoder.dimension)
+    assert ("prompted", "encoder prompt") in said
+    assert ("plain", "encoder prompt") not in said
+    assert classifier is not None
+    texts = ["up 99", "down 99"]
+    evidence = read_evidence([ClassifierInput(classifier, text, None) for text in texts], encoder)
+    nothing = np.zeros(2, np.float32)
+    labels = [(prompted.outputs or ())[each.best(nothing)] for each in evidence if each]
+    assert labels == ["yes", "no"]
 
 
 def test_an_encoder_prompt_is_stored_with_the_classifier_and_must_be_what_the_record_says(

@@ -100,6 +100,14 @@ def register(
             help="Answer by the soft prompt alone, with no label classifier beside it.",
         ),
     ] = False,
+    encoder_prompt: Annotated[
+        bool,
+        typer.Option(
+            "--encoder-prompt",
+            help="Tune a prompt of the embedded encoder, too, by which the label classifier tells "
+            "the labels apart better. Costs one more pass of the encoder an answer.",
+        ),
+    ] = False,
     free_text: Annotated[
         bool, typer.Option("--free-text", help="Outputs are text to generate, not a closed set.")
     ] = False,
@@ -263,6 +271,7 @@ def register(
                     fields=Fields(input_field, output_field, context_field),
                     with_prompt=not no_prompt,
                     with_classifier=not no_classifier,
+                    encoder_prompt=encoder_prompt,
                     free_text=free_text,
                     drop_duplicates=drop_duplicates,
                     revise=revise,
