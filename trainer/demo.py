@@ -132,18 +132,20 @@ def _examples(path: Path) -> tuple[Example, ...]:
 
 
 def ask_all(client: RouterClient, rows: Sequence[HeldOut]) -> list[Answered]:
-    """Route and answer every row, then answer it under the right task's prompt, if it is served."""
+    """Route and answer every row, and under the right task's prompt where that is another."""
     served = {task.name for task in client.list_tasks()}
 
     def ask(row: HeldOut) -> Answered:
         events = list(client.generate(row.input, top_k=2, max_output_tokens=_ANSWER_TOKENS))
         decision = next(event for event in events if isinstance(event, Decision))
-        oracle = None
-        if row.task in served:
+        answer, oracle = _text(events), None
+        if decision.used is not None and decision.used.name == row.task:
+            oracle = answer  # that was the question
+        elif row.task in served:
             oracle = _text(
                 list(client.generate(row.input, task=row.task, max_output_tokens=_ANSWER_TOKENS))
             )
-        return Answered(row, decision, _text(events), oracle)
+        return Answered(row, decision, answer, oracle)
 
     with ThreadPoolExecutor(_CALLERS) as callers:
         return list(callers.map(ask, rows))
