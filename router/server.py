@@ -19,6 +19,7 @@ from router.edge import Edge
 from router.errors import InvalidInputError
 from router.servicers import RouterServicer, ServerFacts, TaskServicer
 from router.settings import ServerSettings
+from router.sockets import bound_socket
 from router.tenant_routers import TenantRouters
 from router.tls import server_credentials
 from router.tracing import Tracing
@@ -47,16 +48,9 @@ def check_address(listen: str, field: str = "listen") -> None:
     Raises:
         InvalidInputError: no address of this machine, taken, or not ours to take.
     """
-    host, _, port = listen.rpartition(":")
     try:
-        found = socket.getaddrinfo(
-            host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        family, kind, protocol, _, address = found[0]
-        with socket.socket(family, kind, protocol) as probe:
-            # As gRPC does it: connections of a server that has just ended are no hindrance.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
+        # As gRPC does it: connections of a server that has just ended are no hindrance.
+        bound_socket(listen, socket.SO_REUSEADDR).close()
     except OSError as error:
         raise InvalidInputError(
             field,

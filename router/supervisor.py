@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from router.errors import PromptyardError
+from router.sockets import bound_socket
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkProcess
@@ -47,15 +48,8 @@ def shared_port(listen: str) -> Iterator[str]:
 
     What is held takes no connection: those go to the processes that listen.
     """
-    host, _, port = listen.rpartition(":")
-    found = socket.getaddrinfo(
-        host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )
-    family, kind, protocol, _, address = found[0]
-    with socket.socket(family, kind, protocol) as held:
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        held.bind(address)
-        yield f"{host}:{held.getsockname()[1]}"
+    with bound_socket(listen, socket.SO_REUSEPORT) as held:
+        yield f"{listen.rpartition(':')[0]}:{held.getsockname()[1]}"
 
 
 @dataclass(slots=True)

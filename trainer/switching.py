@@ -1,9 +1,9 @@
 """Switches a catalog to another encoder: every live task is embedded again from its kept texts.
 
 Each gets a next revision that differs in its embeddings, and in the label classifier that was
-fitted to them; soft prompts do not depend on the encoder. Older revisions stay as they are, for
-the encoder that made them. A task whose texts were not kept cannot be embedded again, so that the
-switch is refused as a whole: a catalog belongs to one encoder.
+fitted to them, now without an encoder prompt; soft prompts do not depend on the encoder. Older
+revisions stay as they are, for the encoder that made them. A task whose texts were not kept cannot
+be embedded again, so that the switch is refused as a whole: a catalog belongs to one encoder.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _embedded(
         if fitted is not None:
             classifier = ClassifierSummary(
                 workshop.artifacts.write_tensors({CLASSIFIER_TENSOR: fitted.rows}),
-                record.classifier.prompt_weight,
+                fitted.prompt_weight,
                 fitted.accuracy,
             )
     return replace(
