@@ -255,6 +255,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--seeds", type=int, default=3)
     add("--first-seed", type=int, default=0)
     add("--repeats", type=int, default=3, help="of every time")
+    add("--orders", nargs="+", default=[], help="only these orders of the stream (all)")
     add("--serving-rows", type=int, default=64, help="rows served in one batch")
     add("--new-tokens", type=int, default=8, help="of an answer at most")
     options = parser.parse_args()

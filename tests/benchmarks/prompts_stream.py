@@ -22,7 +22,7 @@ _CACHE_BYTES = 1 << 29
 
 
 def stream(bench: Bench) -> Iterator[Record]:
-    """The answers, routed and with the oracle's task, for every order of the tasks in the file.
+    """The answers, routed and with the oracle's task, for every order that is asked for.
 
     Every task is registered as a user would: its prompt is tuned when it arrives, with its label
     classifier. Scores are shares of right answers, mean over the tasks.
@@ -42,6 +42,8 @@ def stream(bench: Bench) -> Iterator[Record]:
     )
     with computing(model, options.bf16):
         for name, order in orders(options.data.with_name(ORDERS_FILE), bench.tasks).items():
+            if options.orders and name not in options.orders:
+                continue
             with TemporaryDirectory() as scratch:
                 found = evaluate_stream(
                     _stream(order, bench.tasks), Path(scratch), encoder, model, settings
