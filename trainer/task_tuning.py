@@ -63,14 +63,14 @@ class TaskTuning:
         self.settings = settings
         self._method = settings.method
         self._layers = model.prefix_shape.layers if settings.method == "prefix" else 0
-        self._output_ids = {
-            text: model.tokenize_output(text)
-            for text in (
+        outputs = dict.fromkeys(
+            (
                 *(job.labels or ()),
                 *(output for _, output in job.train),
                 *(text for texts in job.rejected for text in texts),
             )
-        }
+        )
+        self._output_ids = {text: model.tokenize_output(text) for text in outputs}
         longest = max(len(ids) for ids in self._output_ids.values())
         tokens = model.tokenize_inputs(
             [text for text, _ in job.train],

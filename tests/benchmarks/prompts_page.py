@@ -17,6 +17,8 @@ from trainer.metrics import wilson_interval
 Records = Sequence[Mapping[str, Any]]
 Table = list[list[str]]
 _WIDTH = 100
+# Virtual tokens of a prompt where nothing is said.
+_LENGTH = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,8 @@ def _sizes(run: Mapping[str, Any]) -> str:
     if run["part"] == "stream":
         rows = f"{told['rows']} train, {told['dev_rows']} dev and {told['test_rows']} test rows"
         return f"{tasks}, at most {rows} each, {steps}, learning rate {told['rate']}"
+    if told["length"] != _LENGTH:
+        steps += f", {told['length']} virtual tokens"
     tried = f"the best of {told['rates']} learning rates with {told['validations']} checks each"
     rows = f"at most {told['dev_rows']} dev and {told['test_rows']} test rows"
     precision = "bfloat16 (autocast)" if told["bf16"] else "float32"

@@ -84,7 +84,8 @@ WORDS: Mapping[str, tuple[str, str]] = {
         answers under its own task. Means over the tasks. BWT, in points, is the mean change of a
         task's answers since right after it arrived, of all tasks but the last. Asked for are at
         most 1.0 points under the right task's, a BWT of 0 with the right task given, and of at
-        least -1.0 routed.""",
+        least -1.0 routed. The prompts do not change; but a GPU holds the base model in bfloat16,
+        where the other rows of a batch can tip an answer whose labels are as good as equal.""",
     ),
     "data-size": (
         "How much data, and which start",

@@ -178,7 +178,7 @@ def test_a_tuned_prompt_serves_as_it_was_measured(model: TorchLanguageModel) -> 
 def test_a_prompt_of_few_rows_is_tuned_once_more_on_the_validation_rows_too(
     model: TorchLanguageModel,
 ) -> None:
-    slow = replace(QUICK, learning_rate=0.03, initialisation="text")
+    slow = replace(QUICK, learning_rate=0.03, initialisation="text", steps=60, precision="float32")
     once = tuned(model, [SENTIMENT], slow)["sentiment"]
     twice = tuned(model, [SENTIMENT], replace(slow, refit="auto"))["sentiment"]
     assert twice.scores == once.scores
