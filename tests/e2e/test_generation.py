@@ -16,7 +16,7 @@ from router.batching import BatchLimits
 from router.interfaces import PromptedInput
 from router.tasks import ServedTask
 from router.v1 import router_service_pb2 as messages
-from tests.e2e.test_server import Serving, assert_overloaded, failed, read_one, start_generating
+from tests.calls import Serving, assert_overloaded, failed, read_one, start_generating
 from tests.fakes import make_settings, make_snapshot, make_task
 from tests.unit.small_models import KINDS, save_small_model
 
