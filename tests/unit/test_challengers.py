@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from router.answering import Answerer
 from router.challengers import MAX_CHALLENGERS, Challenge, parse_share
@@ -37,6 +39,7 @@ from tests.catalogs import (
 )
 from tests.fakes import FakeLanguageModel, make_settings, running_server
 from trainer.challenges import end_challenge, promote_challenger, start_challenge
+from trainer.cli import app
 from trainer.gate import DEFAULT_GATE_LIMIT, InterferenceError
 from trainer.lifecycle import live_revision, retire, rollback
 from trainer.workshop import Published, Workshop
@@ -295,6 +298,19 @@ def test_promoting_ending_and_rolling_back_append_to_the_catalog_and_delete_noth
     ]
     shares = [[c.challenge.share for c in workshop.catalog.challengers(n)] for n in range(1, 8)]
     assert shares == [[], [0.1], [0.5], [], [None], [], []]
+
+
+def test_listing_and_showing_tasks_say_which_have_a_challenger(workshop: Workshop) -> None:
+    challenge(workshop, 0.25)
+    home = ["--home", str(workshop.home)]
+    listed = CliRunner().invoke(app, ["list", *home], env={"COLUMNS": "200"}).output
+    assert "live, tries 2 (25%)" in listed
+    found = json.loads(CliRunner().invoke(app, ["list", "--json", *home]).output)["tasks"]
+    told = {"task": "sport", "revision": 2, "share": 0.25}
+    assert {task["name"]: task["challenger"] for task in found} == {"sport": told, "weather": None}
+    for name, expected in (("sport", told), ("weather", None)):
+        shown = CliRunner().invoke(app, ["show", name, "--json", *home]).output
+        assert json.loads(shown)["challenger"] == expected
 
 
 def test_a_challenge_goes_on_when_other_tasks_come_and_ends_when_its_task_goes(

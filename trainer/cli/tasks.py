@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,9 +23,10 @@ from trainer.cli.console import (
     print_json,
     print_table,
 )
-from trainer.cli.published import print_published, publish_or_refuse, summary
+from trainer.cli.published import challenge_fields, print_published, publish_or_refuse, summary
 
 if TYPE_CHECKING:
+    from router.challengers import Challenge
     from router.tasks import TaskRecord
     from trainer.data import Fields
     from trainer.workshop import Workshop
@@ -68,13 +69,21 @@ def list_tasks(
         with CatalogReader(home_folder(home)) as catalog:
             revision = catalog.newest_revision()
             live = {key.name: key.revision for key in catalog.live(revision)}
+            tried = {each.challenge.task: each.challenge for each in catalog.challengers(revision)}
             names = catalog.task_names() if show_all else sorted(live)
             records = [
                 catalog.record(TaskKey(name, live.get(name) or catalog.newest_record(name)))
                 for name in names
             ]
         if as_json:
-            tasks = [{**summary(r), "live": r.name in live} for r in records]
+            tasks = [
+                {
+                    **summary(r),
+                    "live": r.name in live,
+                    "challenger": challenge_fields(tried[r.name]) if r.name in tried else None,
+                }
+                for r in records
+            ]
             print_json({"revision": revision, "tasks": tasks})
             return
         print_table(
@@ -87,12 +96,20 @@ def list_tasks(
                     "-" if record.prompt is None else _outputs(record),
                     _prompt(record),
                     f"{record.prompt.scores['prompt']:.1%}" if record.prompt else "-",
-                    "live" if record.name in live else "retired",
+                    _state(record.name, live, tried),
                 ]
                 for record in records
             ],
             title=f"catalog revision {revision}: {len(live)} live tasks",
         )
+
+
+def _state(name: str, live: Mapping[str, int], tried: Mapping[str, Challenge]) -> str:
+    if name not in live:
+        return "retired"
+    if name not in tried:
+        return "live"
+    return f"live, tries {tried[name].revision} ({tried[name].share_text})"
 
 
 def _prompt(record: TaskRecord) -> str:
@@ -140,7 +157,13 @@ def show(
             record = chosen_record(catalog, name, revision)
             history = catalog.history(name)
             live = history[-1][1]
-            head = catalog.revision(catalog.newest_revision())
+            newest = catalog.newest_revision()
+            head = catalog.revision(newest)
+            tried = [
+                challenge_fields(each.challenge)
+                for each in catalog.challengers(newest)
+                if each.challenge.task == name
+            ]
         if row is not None and data is None and record.texts_sha256:
             _show_kept_row(folder, record, row, as_json)
             return
@@ -152,6 +175,7 @@ def show(
             "sha256": record.sha256,
             "live_revision": live,
             "history": [{"catalog_revision": at, "task_revision": to} for at, to in history],
+            "challenger": tried[0] if tried else None,
             "policy": asdict(head.policy),
         }
         if record.statistics_only:
