@@ -15,7 +15,6 @@ looks at the rows of the five tasks that are best without them.
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -148,14 +147,14 @@ class Closeness:
         nearest = np.full(tasks.size, _LEAST_CLOSENESS)
         if not tasks.size:
             return nearest.reshape(tasks.shape)
-        units = whitened(centered, self._whitening)
-        queries = np.concatenate([units, np.ones((len(units), 1), np.float32)], axis=1)
-        order = np.argsort(tasks, axis=None, kind="stable")
-        numbers = tasks.ravel()[order]
-        changes = np.flatnonzero(numbers[1:] != numbers[:-1]) + 1
-        for start, end in itertools.pairwise([0, *changes.tolist(), len(order)]):
-            places = order[start:end]
-            products = queries[places // tasks.shape[1]] @ self._of_task[numbers[start]].T
+        queries = np.ones((len(centered), centered.shape[1] + 1), np.float32)
+        queries[:, :-1] = whitened(centered, self._whitening)
+        places_of: dict[int, list[int]] = {}
+        for place, number in enumerate(tasks.ravel().tolist()):
+            places_of.setdefault(number, []).append(place)
+        for number, places in places_of.items():
+            rows = [place // tasks.shape[1] for place in places]
+            products = queries[rows] @ self._of_task[number].T
             usable = products.shape[1]
             if without_fold is not None:
                 out = products[:, without_fold::FOLDS]

@@ -61,9 +61,8 @@ class Head:
 
     def queries(self, vectors: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Embeddings `[B, D]` to queries `[B, D + 1]` for the rows, and score offsets `[B]`."""
-        centered = vectors - self.center
-        ones = np.ones((len(centered), 1), np.float32)
-        queries = np.concatenate([centered, ones], axis=1, dtype=np.float32)
+        queries = np.ones((len(vectors), len(self.center) + 1), np.float32)
+        centered = np.subtract(vectors, self.center, out=queries[:, :-1])
         return queries, self._offsets(centered)
 
     def closeness(self) -> Closeness | None:
