@@ -171,10 +171,15 @@ class MicroBatcher(Generic[Item, Result]):
         if self._prepare_thread is not None:
             self._prepare_thread()
         while (found := self._windows.get()) is not None:
-            loop, window = found
-            batch, results = self._run_batch(window)
-            with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits
-                loop.call_soon_threadsafe(self._finish_batch, loop, batch, results)
+            self._work_on(*found)
+            del found  # what its items hold, such as a snapshot, is not kept for the next batch
+
+    def _work_on(
+        self, loop: asyncio.AbstractEventLoop, window: Sequence[_Entry[Item, Result]]
+    ) -> None:
+        batch, results = self._run_batch(window)
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits
+            loop.call_soon_threadsafe(self._finish_batch, loop, batch, results)
 
     def _run_batch(
         self, window: Sequence[_Entry[Item, Result]]
