@@ -8,8 +8,9 @@ import secrets
 import time
 import traceback
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NoReturn
 
 import grpc
@@ -39,12 +40,26 @@ _LOGGABLE = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _log = structlog.get_logger(__name__)
 
 
-@dataclass(slots=True)
+@dataclass
 class _Call:
     """A call: when it began, and the tenant of its token, empty before it is known and for none."""
 
-    began: float
+    context: Context
+    began: float = 0.0
     tenant: str = ""
+
+    @property
+    def metadata(self) -> Iterable[tuple[str, str | bytes]]:
+        """What the caller sent beside its request."""
+        return self.context.invocation_metadata() or ()
+
+    @cached_property
+    def request_id(self) -> str:
+        """The caller's own id of the call, or a new one where it gave none that can be logged."""
+        for key, value in self.metadata:
+            if key == _REQUEST_ID and isinstance(value, str) and _LOGGABLE.fullmatch(value):
+                return value
+        return secrets.token_hex(8)
 
 
 class Edge:
@@ -113,34 +128,28 @@ class Edge:
 
     def _guard_unary(self, method: MethodDescriptor, servicer_of: ServicerOf) -> UnaryHandler:
         async def call(request: object, context: Context) -> Message:
-            request_id = _request_id(context)
+            about = _Call(context)
             try:
-                with (
-                    self._observed(method, context, request_id) as about,
-                    self._admitted(method, context, about),
-                ):
+                with self._observed(method, about), self._admitted(method, about):
                     router = await self._router(about)
                     handler: UnaryHandler = getattr(servicer_of(router), method.name)
                     return await handler(_readable(request), context)
             except Exception as error:
-                await _fail(method, context, error, request_id)
+                await _fail(method, about, error)
 
         return call
 
     def _guard_stream(self, method: MethodDescriptor, servicer_of: ServicerOf) -> StreamHandler:
         async def call(request: object, context: Context) -> AsyncIterator[Message]:
-            request_id = _request_id(context)
+            about = _Call(context)
             try:
-                with (
-                    self._observed(method, context, request_id) as about,
-                    self._admitted(method, context, about),
-                ):
+                with self._observed(method, about), self._admitted(method, about):
                     router = await self._router(about)
                     handler: StreamHandler = getattr(servicer_of(router), method.name)
                     async for response in handler(_readable(request), context):
                         yield response
             except Exception as error:
-                await _fail(method, context, error, request_id)
+                await _fail(method, about, error)
 
         return call
 
@@ -151,18 +160,15 @@ class Edge:
         return router
 
     @contextlib.contextmanager
-    def _observed(
-        self, method: MethodDescriptor, context: Context, request_id: str
-    ) -> Iterator[_Call]:
+    def _observed(self, method: MethodDescriptor, about: _Call) -> Iterator[None]:
         trace = None
         if self._tracing is not None:
             service = method.containing_service.full_name
-            metadata = context.invocation_metadata() or ()
-            trace = self._tracing.begin(service, method.name, metadata)
-        about = _Call(time.perf_counter())
+            trace = self._tracing.begin(service, method.name, about.metadata)
+        about.began = time.perf_counter()
         code = grpc.StatusCode.OK
         try:
-            yield about
+            yield
         except Exception as error:
             code = failure(error).code
             raise
@@ -172,13 +178,13 @@ class Edge:
         finally:
             seconds = time.perf_counter() - about.began
             if trace is not None:
-                trace.end(code.name, code.value[0], request_id, about.tenant)
+                trace.end(code.name, code.value[0], about.request_id, about.tenant)
             observer = self._routers.own.observer.of(about.tenant)
             observer.call_ended(method.name, code.name, seconds)
             if self._log_calls:
                 _log.info(
                     "call",
-                    request_id=request_id,
+                    request_id=about.request_id,
                     method=method.name,
                     code=code.name,
                     milliseconds=round(1000 * seconds, 3),
@@ -186,10 +192,10 @@ class Edge:
                 )
 
     @contextlib.contextmanager
-    def _admitted(self, method: MethodDescriptor, context: Context, about: _Call) -> Iterator[None]:
+    def _admitted(self, method: MethodDescriptor, about: _Call) -> Iterator[None]:
         if self._access is not None:
             role = ROLE_OF_METHOD[method.name]
-            about.tenant = self._access.check(role, context.invocation_metadata() or ()).tenant
+            about.tenant = self._access.check(role, about.metadata).tenant
         tenant = about.tenant
         running = self._calls[tenant]
         if running >= self._max_calls:
@@ -209,26 +215,16 @@ def _readable(request: object) -> object:
     return request
 
 
-def _request_id(context: Context) -> str:
-    """The caller's own id of the call, or a new one where it gave none that can be logged."""
-    for key, value in context.invocation_metadata() or ():
-        if key == _REQUEST_ID and isinstance(value, str) and _LOGGABLE.fullmatch(value):
-            return value
-    return secrets.token_hex(8)
-
-
-async def _fail(
-    method: MethodDescriptor, context: Context, error: Exception, request_id: str
-) -> NoReturn:
+async def _fail(method: MethodDescriptor, about: _Call, error: Exception) -> NoReturn:
     if not isinstance(error, PromptyardError):
         # Frames, but neither the message nor values: those may hold a caller's text.
         _log.error(
             "call failed",
-            request_id=request_id,
+            request_id=about.request_id,
             method=method.full_name,
             error=type(error).__name__,
             frames="".join(traceback.format_tb(error.__traceback__)),
         )
     ending = failure(error)
-    trailers = (*ending.trailers, (_REQUEST_ID, request_id))
-    await context.abort(ending.code, ending.message, trailers)
+    trailers = (*ending.trailers, (_REQUEST_ID, about.request_id))
+    await about.context.abort(ending.code, ending.message, trailers)

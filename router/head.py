@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from router.errors import CorruptArtifactError
 from router.examples import Closeness, Examples
 from router.interfaces import FloatArray
 from router.probability import MatchProbability
+from router.quadratic_form import QuadraticForm
 from router.tasks import TaskKey
 
 HEAD_FORMAT = 3
@@ -25,7 +27,7 @@ CALIBRATION_LEVELS = tuple(step / 20 for step in range(1, 20))
 """Q levels of the quantiles of scores that a head keeps, to tell drift."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Head:
     """Scores for all tasks from one inner-product search, and the thresholds that go with them.
 
@@ -59,9 +61,8 @@ class Head:
 
     def queries(self, vectors: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Embeddings `[B, D]` to queries `[B, D + 1]` for the rows, and score offsets `[B]`."""
-        centered = vectors - self.center
-        ones = np.ones((len(centered), 1), np.float32)
-        queries = np.concatenate([centered, ones], axis=1, dtype=np.float32)
+        queries = np.ones((len(vectors), len(self.center) + 1), np.float32)
+        centered = np.subtract(vectors, self.center, out=queries[:, :-1])
         return queries, self._offsets(centered)
 
     def closeness(self) -> Closeness | None:
@@ -182,10 +183,13 @@ class Head:
             raise ValueError("shapes or values do not fit together")
 
     def _offsets(self, centered: FloatArray) -> FloatArray:
-        if self.background is None:
+        if self._form is None:
             return np.zeros(len(centered), np.float32)
-        offsets: FloatArray = -np.einsum("bd,bd->b", centered @ self.background, centered)
-        return offsets
+        return -self._form.of(centered)
+
+    @cached_property
+    def _form(self) -> QuadraticForm | None:
+        return None if self.background is None else QuadraticForm(self.background)
 
 
 def empty_head(encoder: str, dimension: int) -> Head:

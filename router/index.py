@@ -43,16 +43,13 @@ class CentroidIndex:
             return self._search(queries, k)
         scores, tasks = self._search(queries, max(k, min(SHORTLIST, self._tasks)))
         self._closeness.add_to_best(scores, tasks, queries[:, :-1])
-        order = np.lexsort((tasks, -scores))[:, :k]
-        return np.take_along_axis(scores, order, 1), np.take_along_axis(tasks, order, 1)
+        scores, tasks = _best_first(scores, tasks)
+        return scores[:, :k], tasks[:, :k]
 
     def _search(self, queries: FloatArray, k: int) -> tuple[FloatArray, NDArray[np.int64]]:
         wanted = int(self._rows_before_kth_task[k - 2]) + 1 if k > 1 else 1
         scores, rows = self._best_rows(np.ascontiguousarray(queries, dtype=np.float32), wanted)
-        tasks = self._row_task[rows]
-        order = np.lexsort((tasks, -scores))
-        scores = np.take_along_axis(scores, order, 1)
-        tasks = np.take_along_axis(tasks, order, 1)
+        scores, tasks = _best_first(scores, self._row_task[rows])
         if self._tasks == len(self._row_task):
             return scores[:, :k], tasks[:, :k]
         return _best_per_task(scores, tasks, k)
@@ -68,15 +65,27 @@ class CentroidIndex:
         return scores, rows
 
 
+def _best_first(
+    scores: FloatArray, tasks: NDArray[np.int64]
+) -> tuple[FloatArray, NDArray[np.int64]]:
+    """Hits `[B, N]` in the order of their scores; equal ones in that of their task numbers."""
+    order = np.lexsort((tasks, -scores))
+    rows = np.arange(len(scores))[:, None]
+    return scores[rows, order], tasks[rows, order]
+
+
 def _best_per_task(
     scores: FloatArray, tasks: NDArray[np.int64], k: int
 ) -> tuple[FloatArray, NDArray[np.int64]]:
     """Keep each task's first (best) hit: `[B, N]` hits, best first -> `[B, k]`."""
     best_scores = np.empty((len(scores), k), np.float32)
     best_tasks = np.empty((len(scores), k), np.int64)
-    for row, row_tasks in enumerate(tasks):
-        _, first = np.unique(row_tasks, return_index=True)
-        first = np.sort(first)[:k]
-        best_scores[row] = scores[row, first]
-        best_tasks[row] = row_tasks[first]
+    for row, row_tasks in enumerate(tasks.tolist()):
+        first: dict[int, int] = {}
+        for place, task in enumerate(row_tasks):
+            first.setdefault(task, place)
+            if len(first) == k:
+                break
+        best_tasks[row] = list(first)
+        best_scores[row] = scores[row, list(first.values())]
     return best_scores, best_tasks

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from prometheus_client import (
     CollectorRegistry,
@@ -174,6 +175,8 @@ class PrometheusMetrics:
     def __init__(self, tenant: str = "", families: _Families | None = None) -> None:
         self._tenant = tenant
         self._families = families or _Families()
+        # Finding a metric by its labels takes as long as counting in it.
+        self._labelled = cache(lambda family, *labels: family.labels(tenant, *labels))
 
     @property
     def registry(self) -> CollectorRegistry:
@@ -187,51 +190,52 @@ class PrometheusMetrics:
     def forget(self) -> None:
         """See `router.interfaces.Observer`."""
         self._families.forget(self._tenant)
+        self._labelled.cache_clear()
 
     def call_ended(self, method: str, code: str, seconds: float) -> None:
         """See `router.interfaces.Observer`."""
-        self._families.calls.labels(self._tenant, method, code).inc()
-        self._families.call_seconds.labels(self._tenant, method).observe(seconds)
+        self._labelled(self._families.calls, method, code).inc()
+        self._labelled(self._families.call_seconds, method).observe(seconds)
 
     def stage_ended(self, stage: str, seconds: float) -> None:
         """See `router.interfaces.Observer`."""
-        self._families.stage_seconds.labels(self._tenant, stage).observe(seconds)
+        self._labelled(self._families.stage_seconds, stage).observe(seconds)
 
     def batch_ended(self, queue: str, items: int) -> None:
         """See `router.interfaces.Observer`."""
-        self._families.batch_items.labels(self._tenant, queue).observe(items)
+        self._labelled(self._families.batch_items, queue).observe(items)
 
     def cache_used(self, *, hits: int, misses: int) -> None:
         """See `router.interfaces.Observer`."""
-        self._families.cache.labels(self._tenant, "hit").inc(hits)
-        self._families.cache.labels(self._tenant, "miss").inc(misses)
+        self._labelled(self._families.cache, "hit").inc(hits)
+        self._labelled(self._families.cache, "miss").inc(misses)
 
     def decided(self, decision: Decision) -> None:
         """See `router.interfaces.Observer`."""
         task = "" if decision.task is None else decision.task.name
-        self._families.decisions.labels(self._tenant, task, decision.outcome.value).inc()
+        self._labelled(self._families.decisions, task, decision.outcome.value).inc()
         used = "" if decision.used is None else decision.used.name
-        self._families.used.labels(self._tenant, used, decision.use.value).inc()
+        self._labelled(self._families.used, used, decision.use.value).inc()
         if task and math.isfinite(decision.score):
-            self._families.scores.labels(self._tenant, task).observe(decision.score)
+            self._labelled(self._families.scores, task).observe(decision.score)
 
     def compared(self, side: ComparedSide, revision: TaskKey, decision: Decision) -> None:
         """See `router.interfaces.Observer`."""
-        labels = (self._tenant, revision.name, str(revision.revision), side)
+        labels = (revision.name, str(revision.revision), side)
         outcome = decision.outcome.value
         is_here = decision.task is not None and decision.task.name == revision.name
         if decision.use is Use.NAMED:
             outcome = "named"
         elif decision.task is not None and not is_here:
             outcome = "elsewhere"
-        self._families.challenge_decisions.labels(*labels, outcome).inc()
+        self._labelled(self._families.challenge_decisions, *labels, outcome).inc()
         if is_here and math.isfinite(decision.score):
-            self._families.challenge_scores.labels(*labels).observe(decision.score)
+            self._labelled(self._families.challenge_scores, *labels).observe(decision.score)
 
     def shadow_differed(self, challenger: TaskKey) -> None:
         """See `router.interfaces.Observer`."""
-        labels = (self._tenant, challenger.name, str(challenger.revision))
-        self._families.shadow_differences.labels(*labels).inc()
+        labels = (challenger.name, str(challenger.revision))
+        self._labelled(self._families.shadow_differences, *labels).inc()
 
     def watch(self, look: Callable[[], Mapping[str, Serving | None]]) -> None:
         """Report what `look` finds at every scrape, by tenant; None where a catalog is unfit.

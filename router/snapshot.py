@@ -121,21 +121,21 @@ class Snapshot:
             ]
         queries, offsets = self.head.queries(embeddings.vectors)
         found, tasks = self.index.search(queries, wanted)
-        scores = found.astype(np.float64) + offsets[:, None]
+        scores = (found.astype(np.float64) + offsets[:, None]).tolist()
         return [
             decide(
                 [
-                    Candidate(self.head.tasks[task], float(score), self.head.thresholds[task])
+                    Candidate(self.head.tasks[task], score, self.head.thresholds[task])
                     for score, task in zip(row_scores, row_tasks, strict=True)
                 ],
                 ambiguity_margin=self.head.ambiguity_margin,
                 revision=self.revision,
-                truncated=bool(truncated),
+                truncated=truncated,
                 top_k=top_k,
                 calibration=self.head.probability,
             )
             for row_scores, row_tasks, truncated in zip(
-                scores, tasks, embeddings.truncated, strict=True
+                scores, tasks.tolist(), embeddings.truncated.tolist(), strict=True
             )
         ]
 

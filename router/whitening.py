@@ -38,6 +38,6 @@ def whitening_of(covariance: ExactArray) -> FloatArray:
 def whitened(centered: FloatArray, whitening: FloatArray) -> FloatArray:
     """Centred embeddings `[B, D]` to whitened unit vectors `[B, D]`: those of x - V V' x."""
     flat = centered - (centered @ whitening) @ whitening.T
-    norms = np.linalg.norm(flat, axis=1, keepdims=True)
+    norms = np.sqrt(np.vecdot(flat, flat))[:, None]
     unit: FloatArray = flat / np.maximum(norms, np.float32(_LEAST))
     return unit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
@@ -294,3 +295,21 @@ async def test_the_event_loop_stays_free_while_a_batch_runs(work: Work, batchers
     assert not running.done()
     work.free.set()
     await running
+
+
+async def test_an_idle_batcher_keeps_nothing_of_its_last_batch() -> None:
+    class Text:
+        """Something that can be seen to be gone."""
+
+    batcher: MicroBatcher[Text, int] = MicroBatcher(
+        lambda items: [1] * len(items), lambda items: [1] * len(items), LIMITS, name="test"
+    )
+    text = Text()
+    gone = weakref.ref(text)
+    assert await batcher.submit([text]) == [1]
+    del text
+    until = time.monotonic() + 5
+    while gone() is not None and time.monotonic() < until:
+        await asyncio.sleep(0.01)
+    assert gone() is None
+    batcher.close()
