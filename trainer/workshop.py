@@ -69,6 +69,8 @@ class Workshop:
         self._background: Background | None = None
         self._pool = PooledMoments(encoder.dimension)
         self._statistics: dict[TaskKey, TaskStatistics] = {}
+        self._rows: dict[TaskKey, int] = {}
+        self._live: tuple[int, list[TaskKey]] = (0, [])
         self._compiled: tuple[str, Head] | None = None
 
     def close(self) -> None:
@@ -190,7 +192,7 @@ class Workshop:
             new = {record.key: record for record in records}
             for record in records:
                 catalog.refuse_existing(record)
-            old = catalog.live(parent)
+            old = self._live_at(parent)
             tasks = {key.name: key for key in old}
             for name, revision in live.items():
                 tasks.pop(name, None)
@@ -211,7 +213,7 @@ class Workshop:
             }
             before = self._read_head_if_whole(parent)
             heads = [each for each in (before, head, *challengers.values()) if each is not None]
-            rows = {key: self._rows(key) for each in heads for key in each.tasks}
+            rows = self._rows_of(heads)
             changed = changed_decisions(before, head, rows) if before is not None else {}
             gate = None
             arriving, arrived = sorted(set(tasks.values()) - set(old)), head
@@ -228,8 +230,8 @@ class Workshop:
                 )
                 forced = {record.key for record in records if record.forced_reason}
                 check(gate, () if force else {*arriving} - forced, gate_limit)
-            content = head.to_bytes()
-            head_sha256 = self._heads.write(content)
+            file = head.to_file()
+            head_sha256 = self._heads.write(*file)
             gone = tuple(each for each in stood if each.key not in {left.key for left in stand})
             revision = catalog.append(
                 Publication(
@@ -247,13 +249,21 @@ class Workshop:
                         **({"forced": force} if force else {}),
                     },
                     tuple(
-                        StoredChallenger(each, self._heads.write(compiled.to_bytes()))
+                        StoredChallenger(each, self._heads.write(*compiled.to_file()))
                         for each, compiled in challengers.items()
                     ),
                 )
             )
             self._compiled = (head_sha256, head)
-        return Published(revision, head, head.summary, changed, gate, len(content), stand, gone)
+        self._live = (revision, sorted(tasks.values()))
+        head_bytes = sum(part.nbytes for part in file)
+        return Published(revision, head, head.summary, changed, gate, head_bytes, stand, gone)
+
+    def _live_at(self, revision: int) -> list[TaskKey]:
+        """The tasks that are live at `revision`, which never changes once it is there."""
+        if self._live[0] != revision:
+            self._live = (revision, self.catalog.live(revision))
+        return self._live[1]
 
     def _compile(
         self, keys: Iterable[TaskKey], new: Mapping[TaskKey, TaskRecord], policy: Policy
@@ -271,6 +281,7 @@ class Workshop:
         """Drop what is cached of records that were not published: their keys are free again."""
         for record in records:
             self._statistics.pop(record.key, None)
+            self._rows.pop(record.key, None)
         unpublished = {record.key for record in records}
         self._pool.update(task for task in self._pool.tasks if task.key not in unpublished)
 
@@ -292,7 +303,15 @@ class Workshop:
             self._statistics[key] = read_statistics(self.artifacts, record)
         return self._statistics[key]
 
-    def _rows(self, key: TaskKey) -> int:
+    def _rows_of(self, heads: Iterable[Head]) -> Mapping[TaskKey, int]:
+        """How many rows the tasks of `heads` keep."""
+        for head in heads:
+            for key in head.tasks:
+                if key not in self._rows:
+                    self._rows[key] = self._count_rows(key)
+        return self._rows
+
+    def _count_rows(self, key: TaskKey) -> int:
         """How many rows a task keeps; also of one whose stored rows are damaged, to retire it."""
         statistics = self._statistics.get(key)
         if statistics is not None:
