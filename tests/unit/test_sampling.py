@@ -18,11 +18,12 @@ from router.fitting import fit_nearest_mean
 from router.head import Head
 from router.sampling import sampled_rows
 from router.statistics import FOLDS, PooledMoments, TaskStatistics
-from router.tasks import Policy
+from router.tasks import Policy, TaskKey
 from tests.catalogs import new_workshop, random_task, texts_of, wide_background, write_rows
 from trainer import lifecycle
 from trainer.admission import Registered
 from trainer.commands import RegisterTask
+from trainer.gate import InterferenceError
 from trainer.register import register
 from trainer.tuning_settings import TuningSettings
 from trainer.workshop import Workshop
@@ -234,6 +235,23 @@ def test_the_gate_names_whom_a_new_task_takes_rows_from(tmp_path: Path) -> None:
         assert gate is not None
         assert gate.taken == ()
         assert gate.accuracy_after > 0.9
+
+
+@pytest.mark.parametrize("name", ["a-copy", "z-copy"])
+def test_the_gate_knows_a_task_of_which_no_row_is_in_the_sample(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "LEAST_SAMPLED_ROWS", 2)
+    with new_workshop(tmp_path / "home") as workshop:
+        places = {f"place{n}": texts_of(f"place{n}", 30) for n in range(8)}
+        assert not register_places(workshop, tmp_path, **places).failures
+        for number in range(8):
+            copy = {name: texts_of(f"place{number}", 60, start=30)}
+            [error] = register_places(workshop, tmp_path, **copy).failures.values()
+            assert isinstance(error, InterferenceError)
+            assert error.report.near_duplicates == (
+                (TaskKey(name, 1), TaskKey(f"place{number}", 1)),
+            )
 
 
 def test_the_head_after_retiring_is_that_of_before(tmp_path: Path) -> None:
