@@ -228,13 +228,15 @@ class Policy:
 
     `false_reject_rate` is the share of the tasks' own inputs that may be kept from every task, as
     unknown or as ambiguous; `ambiguous_rate` is the part of it that may be ambiguous. `on_unknown`
-    is the rejection policy, as `router.rejection` writes it.
+    is the rejection policy, as `router.rejection` writes it. `cascade`: every revision has a head
+    of the fast encoder, too (`router.cascade`).
     """
 
     head: str = "auto"
     false_reject_rate: float = 0.05
     ambiguous_rate: float = 0.005
     on_unknown: str = "abstain"
+    cascade: bool = False
 
 
 class TaskKey(NamedTuple):
