@@ -130,6 +130,9 @@ class PooledMoments:
 
     Sums and second moments are carried along when tasks come and go, so that adding the N+1st task
     costs that task's rows and not everybody's.
+
+    While a task keeps statistics only, each task is one cluster in the moments: a task that has
+    several scores higher, and would draw rows from those that have one and set their thresholds.
     """
 
     def __init__(self, dimension: int) -> None:
@@ -180,25 +183,29 @@ class PooledMoments:
         )
         rows = np.concatenate([task.embeddings[fold::FOLDS] for task in tasks])
         counts, sums = _sums_by_cluster(rows, cluster, len(self._counts))
-        return Moments(counts, sums, self._task_of(), self._grams[fold])
+        return self._comparable(Moments(counts, sums, self._task_of(), self._grams[fold]))
 
     def without_rows(self) -> Moments:
         """The `Moments` of the tasks that keep statistics only: they belong to no fold."""
         kept = np.repeat([task.sums is None for task in self.tasks], self.cluster_counts)
-        return Moments(
-            np.where(kept, 0.0, self._counts),
-            np.where(kept[:, None], 0.0, self._sums.rows),
-            self._task_of(),
-            self._gram_without_rows,
+        return self._comparable(
+            Moments(
+                np.where(kept, 0.0, self._counts),
+                np.where(kept[:, None], 0.0, self._sums.rows),
+                self._task_of(),
+                self._gram_without_rows,
+            )
         )
 
     def total(self) -> Moments:
         """The `Moments` of all rows, kept or not. They are the pool's own, until it changes."""
-        return Moments(
-            self._counts,
-            self._sums.rows,
-            self._task_of(),
-            self._grams.sum(0) + self._gram_without_rows,
+        return self._comparable(
+            Moments(
+                self._counts,
+                self._sums.rows,
+                self._task_of(),
+                self._grams.sum(0) + self._gram_without_rows,
+            )
         )
 
     def held_out(self, chosen: ChosenRows) -> Moments:
@@ -217,11 +224,25 @@ class PooledMoments:
             len(clusters),
         )
         left = self._counts[clusters] - counts
+        return self._comparable(
+            Moments(
+                left[left > 0],
+                (self._sums.rows[clusters] - sums)[left > 0],
+                task_of[clusters][left > 0],
+                np.zeros((0, 0)),
+            )
+        )
+
+    def _comparable(self, moments: Moments) -> Moments:
+        """`moments`, or those with one cluster a task where some tasks have no more than that."""
+        if all(task.sums is None for task in self._in_order) or not len(moments.counts):
+            return moments
+        tasks, first = np.unique(moments.task_of, return_index=True)
         return Moments(
-            left[left > 0],
-            (self._sums.rows[clusters] - sums)[left > 0],
-            task_of[clusters][left > 0],
-            np.zeros((0, 0)),
+            np.add.reduceat(moments.counts, first),
+            np.add.reduceat(moments.sums, first, axis=0),
+            tasks,
+            moments.gram,
         )
 
     def _task_of(self) -> NDArray[np.int64]:
