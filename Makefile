@@ -11,7 +11,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fuzz soak chaos lint format proto bench bench-base-model bench-calibration bench-few-shot bench-prompts bench-publish bench-route bench-routing bench-serving clean
+.PHONY: help install demo test fuzz soak chaos lint format proto bench bench-base-model bench-calibration bench-cascade bench-few-shot bench-prompts bench-publish bench-route bench-routing bench-serving bench-statistics-only clean
 
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -62,6 +62,12 @@ bench: bench-route bench-serving bench-routing bench-calibration bench-few-shot 
 
 bench-publish: $(INSTALLED)  ## Publishing the 11th task, and the 10,001st
 	$(BIN)/python -m tests.benchmarks.bench_publish
+
+bench-cascade: $(INSTALLED)  ## What a cascade saves and loses, and what loading one takes
+	$(BIN)/python -m tests.benchmarks.bench_cascade
+
+bench-statistics-only: $(INSTALLED)  ## What keeping statistics only costs
+	$(BIN)/python -m tests.benchmarks.bench_statistics_only
 
 bench-route: $(INSTALLED)  ## What one Route call costs over the encoder and an empty gRPC call
 	$(BIN)/python tests/benchmarks/bench_route.py

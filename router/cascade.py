@@ -1,13 +1,14 @@
 """The cascade: a text is decided with the fast encoder, and with the full one where that is unsure.
 
-The fast head is compiled from the tasks' kept texts when a revision is loaded, and calibrated on
-held-out rows as every head is. It decides alone where a task matches with a probability of being
+The fast head is compiled from the tasks' kept texts, and calibrated on held-out rows as every head
+is: when a revision is published, where the catalog's policy has a cascade, and otherwise in every
+process that loads it. It decides alone where a task matches with a probability of being
 right, by margin and score, of 0.99 or more: what may be unknown or ambiguous is the full encoder's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from router.artifacts import ArtifactReader
@@ -15,12 +16,13 @@ from router.compiling import compile_head
 from router.decision import Decision, Outcome
 from router.errors import InvalidInputError
 from router.fitting import Background
+from router.head import Head
 from router.interfaces import Encoder
 from router.kept_texts import kept_texts
 from router.loading import read_statistics
 from router.snapshot import Snapshot
 from router.statistics import PooledMoments, TaskStatistics, to_fixed_point
-from router.tasks import Policy, ServedTask, TaskRecord
+from router.tasks import Policy, TaskRecord
 
 LEAST_PROBABILITY = 0.99
 
@@ -49,44 +51,45 @@ class Cascade:
         return [decision if _is_sure(decision) else None for decision in found]
 
 
-def build_cascade(
-    artifacts: ArtifactReader,
-    tasks: Mapping[str, ServedTask],
-    revision: int,
-    policy: Policy,
-    fast: FastModel,
-) -> Cascade:
-    """The cascade for the tasks of a catalog revision.
+class FastHeads:
+    """Compiles heads of the fast encoder, and embeds the texts of each task once."""
 
-    Raises:
-        InvalidInputError: a task keeps no texts.
-        CorruptArtifactError: texts or rows are damaged.
-    """
-    records = [task.record for task in tasks.values()]
-    without = sorted(record.name for record in records if not record.texts_sha256)
-    if without:
-        raise InvalidInputError(
-            "cascade",
-            f"no texts of {', '.join(without)}",
-            "register them again with --revise --keep-text, or serve without --cascade",
+    def __init__(self, artifacts: ArtifactReader, fast: FastModel) -> None:
+        self.fast = fast
+        self._artifacts = artifacts
+        self._pool = PooledMoments(fast.encoder.dimension)
+
+    def compile(self, records: Sequence[TaskRecord], policy: Policy) -> Head:
+        """The head for the tasks of `records`.
+
+        Raises:
+            InvalidInputError: a task keeps no texts.
+            CorruptArtifactError: texts or rows are damaged.
+        """
+        without = sorted(record.name for record in records if not record.texts_sha256)
+        if without:
+            raise InvalidInputError(
+                "cascade",
+                f"no texts of {', '.join(without)}",
+                "register them again with --revise --keep-text, or serve without --cascade"
+                " (and `promptyard policy set --no-cascade`)",
+            )
+        known = {task.key: task for task in self._pool.tasks}
+        self._pool.update(known.get(record.key) or self._seen_fast(record) for record in records)
+        return compile_head(
+            self._pool,
+            policy=policy,
+            encoder=self.fast.encoder.fingerprint,
+            dimension=self.fast.encoder.dimension,
+            background=self.fast.background,
         )
-    pool = PooledMoments(fast.encoder.dimension)
-    pool.update(_seen_fast(artifacts, record, fast.encoder) for record in records)
-    head = compile_head(
-        pool,
-        policy=policy,
-        encoder=fast.encoder.fingerprint,
-        dimension=fast.encoder.dimension,
-        background=fast.background,
-    )
-    return Cascade(fast.encoder, Snapshot.build(revision, head, tasks))
 
-
-def _seen_fast(artifacts: ArtifactReader, record: TaskRecord, encoder: Encoder) -> TaskStatistics:
-    """The rows of a task as the fast encoder embeds them, in the clusters that they are in."""
-    texts = [text.input for text in kept_texts(artifacts, record)]
-    stored = read_statistics(artifacts, record)
-    return replace(stored, embeddings=to_fixed_point(encoder.encode(texts).vectors))
+    def _seen_fast(self, record: TaskRecord) -> TaskStatistics:
+        """The rows of a task as the fast encoder embeds them, in the clusters that they are in."""
+        texts = [text.input for text in kept_texts(self._artifacts, record)]
+        stored = read_statistics(self._artifacts, record)
+        vectors = self.fast.encoder.encode(texts).vectors
+        return replace(stored, embeddings=to_fixed_point(vectors))
 
 
 def _is_sure(decision: Decision) -> bool:

@@ -1,11 +1,12 @@
 """The catalog: an append-only record of tasks in SQLite. This side only reads.
 
-Four tables, all append-only (triggers refuse UPDATE and DELETE):
+Five tables, all append-only (triggers refuse UPDATE and DELETE):
 
     task_records       one immutable record per task revision
     catalog_revisions  one row per publish: what was done, and the compiled head
     task_events        which revision of a task is live from a catalog revision on (NULL: retired)
     challengers        the challengers of a catalog revision, each with its compiled head
+    fast_heads         the head of a catalog revision by the fast encoder, where the policy has one
 
 What is live at catalog revision R is each task's latest event up to R, so a revision costs one row
 per task that changed, not one per task. Challengers are few, and listed anew for every revision,
@@ -30,8 +31,10 @@ from router.tasks import Policy, TaskKey, TaskRecord
 CATALOG_FILE = "catalog.sqlite3"
 ARTIFACTS_FOLDER = "artifacts"
 HEADS_FOLDER = "heads"
-# 1: without the table of challengers. A catalog of it is read as one that has none.
-SCHEMA_VERSION = 2
+# A catalog that lacks the tables of a later version is read as one that has nothing in them.
+_WITH_CHALLENGERS = 2
+_WITH_FAST_HEADS = 3
+SCHEMA_VERSION = 3
 
 _BUSY_SECONDS = 10.0
 
@@ -140,7 +143,7 @@ class CatalogReader:
         """The challengers at `revision`, by task."""
         with self._reading() as connection:
             # Asked every time: a writer may bring the catalog up to date while it is being read.
-            if schema_version(connection) < SCHEMA_VERSION:
+            if schema_version(connection) < _WITH_CHALLENGERS:
                 return []
             rows = connection.execute(
                 "SELECT task, task_revision, share, head_sha256 FROM challengers"
@@ -148,6 +151,16 @@ class CatalogReader:
                 (revision,),
             ).fetchall()
         return [StoredChallenger(Challenge(*about), head) for *about, head in rows]
+
+    def fast_head(self, revision: int) -> str | None:
+        """The digest of the head of `revision` by the fast encoder; None where it has none."""
+        with self._reading() as connection:
+            if schema_version(connection) < _WITH_FAST_HEADS:
+                return None
+            row = connection.execute(
+                "SELECT head_sha256 FROM fast_heads WHERE catalog_revision = ?", (revision,)
+            ).fetchone()
+        return None if row is None else str(row[0])
 
     def record(self, key: TaskKey) -> TaskRecord:
         """The record of a task at one of its revisions.

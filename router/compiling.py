@@ -24,10 +24,10 @@ from router.fitting import (
     lda_fitter,
     shared_by_tasks,
 )
-from router.head import CALIBRATION_LEVELS, Head, empty_head
+from router.head import CALIBRATION_LEVELS, CALIBRATION_STEPS, Head, empty_head
 from router.interfaces import FloatArray
 from router.sampling import sampled_rows
-from router.statistics import Moments, PooledMoments, TaskStatistics
+from router.statistics import ChosenRows, Moments, PooledMoments, TaskStatistics
 from router.sums_only import thresholds_without_rows
 from router.tasks import Policy, TaskKey
 from router.weighing import weigh
@@ -105,7 +105,7 @@ def compile_head(
         )
 
     nearest_mean = policy.head == "nearest-mean"
-    centroids = len(tasks) if nearest_mean else sum(task.cluster_count for task in tasks)
+    centroids = len(tasks) if nearest_mean else int(pool.cluster_counts.sum())
     chosen = sampled_rows(tasks, centroids)
     with cross_fitting(pool) as fitting:
         if chosen is None:
@@ -132,7 +132,7 @@ def compile_head(
         kind=policy.head,
         encoder=encoder,
         tasks=tuple(task.key for task in tasks),
-        rows=term.rows.astype(np.float32),
+        rows=term.rows.astype(np.float32, copy=False),
         row_task=whole.row_task,
         thresholds=tuple(thresholds.tolist()),
         ambiguity_margin=margin,
@@ -150,15 +150,14 @@ def compile_head(
 def _of_all_rows(
     decided: NDArray[np.int64],
     tasks: Sequence[TaskStatistics],
-    chosen: Sequence[NDArray[np.int64]] | None,
+    chosen: ChosenRows | None,
 ) -> NDArray[np.int32]:
     """The decisions on the rows that were scored, in the places `[N]` of all rows."""
     if chosen is None:
         return decided.astype(np.int32)
-    begins = np.cumsum([0, *(len(task.embeddings) for task in tasks)])[:-1]
-    places = np.concatenate([begin + rows for begin, rows in zip(begins, chosen, strict=True)])
-    held_out = np.full(sum(len(task.embeddings) for task in tasks), UNSCORED, np.int32)
-    held_out[places] = decided
+    begins = np.cumsum([0, *(len(task.embeddings) for task in tasks)])
+    held_out = np.full(begins[-1], UNSCORED, np.int32)
+    held_out[begins[chosen.task] + chosen.row] = decided
     return held_out
 
 
@@ -267,10 +266,13 @@ def _calibration(scores: HeldOutScores, tasks: int) -> NDArray[np.float64]:
     """Per task `[K, 1 + Q]`: the rows that it scored best for, and quantiles of their scores."""
     found = np.full((tasks, 1 + len(CALIBRATION_LEVELS)), np.nan)
     found[:, 0] = 0
-    for number in np.unique(scores.winner[np.isfinite(scores.best)]):
-        mine = scores.best[(scores.winner == number) & np.isfinite(scores.best)]
-        found[number, 0] = len(mine)
-        found[number, 1:] = np.quantile(mine, CALIBRATION_LEVELS, method="inverted_cdf")
+    usable = np.flatnonzero(np.isfinite(scores.best))
+    order = usable[np.lexsort((scores.best[usable], scores.winner[usable]))]
+    winners, begins, counts = np.unique(scores.winner[order], return_index=True, return_counts=True)
+    found[winners, 0] = counts
+    # The lowest score that the share of them is at or under: a rank of exact integers.
+    ranks = -(-np.arange(1, len(CALIBRATION_LEVELS) + 1) * counts[:, None] // CALIBRATION_STEPS) - 1
+    found[winners, 1:] = scores.best[order[begins[:, None] + ranks]]
     return found
 
 

@@ -20,7 +20,7 @@ from router.examples import Closeness, best_first
 from router.fitting import Fit, Fitter, Term, combine, offset_scores, row_scores
 from router.head import best_row_per_task
 from router.interfaces import FloatArray
-from router.statistics import FIXED_POINT, FOLDS, Moments, PooledMoments, added
+from router.statistics import FIXED_POINT, FOLDS, ChosenRows, Moments, PooledMoments, added
 from router.threads import one_blas_thread
 
 _CHUNK_ROWS = 1024
@@ -112,9 +112,9 @@ class CrossFitting:
         return whole.result(), list(folds)
 
     def fit_sample(
-        self, fitter_for: Callable[[Moments], Fitter], chosen: Sequence[NDArray[np.int64]]
+        self, fitter_for: Callable[[Moments], Fitter], chosen: ChosenRows
     ) -> tuple[Fit, list[Fold]]:
-        """The fit to all rows, and the `chosen` ones of each task, with a fit without them.
+        """The fit to all rows, and the `chosen` ones, at least one, with a fit without them.
 
         The fitter that `fitter_for` makes from the moments of all rows must take what all tasks
         share from there: the chosen rows are left out of the means of their tasks, and of nothing
@@ -123,38 +123,31 @@ class CrossFitting:
         total = self._pool.total()
         fitter = fitter_for(total)
         whole = self._threads.submit(fitter, total)
-        counts = np.array([len(rows) for rows in chosen])
         left = self._pool.held_out(chosen)
         part = fitter(left) if len(left.counts) else None
-        without = _replaced(whole.result(), part, np.flatnonzero(counts))
+        without = _replaced(whole.result(), part, np.unique(chosen.task))
         if not len(without.row_task):  # as in `fit`, where there is nothing else to fit to
             without = whole.result()
-        starts = np.cumsum([0, *counts])
-        parts = np.searchsorted(starts, np.linspace(0, starts[-1], _SAMPLE_PARTS + 1))
+        # No part ends amid the rows of a task.
+        ends = np.flatnonzero(np.diff(chosen.task, prepend=-1, append=len(self._pool.tasks)))
+        cuts = np.searchsorted(ends, np.linspace(0, len(chosen.task), _SAMPLE_PARTS + 1))
         return whole.result(), [
-            self._part(without, chosen, starts, slice(begin, end))
-            for begin, end in itertools.pairwise(parts)
-            if starts[begin] < starts[end]
+            self._part(without, chosen, slice(begin, end))
+            for begin, end in itertools.pairwise(ends[cuts].tolist())
+            if begin < end
         ]
 
-    def _part(
-        self,
-        fit: Fit,
-        chosen: Sequence[NDArray[np.int64]],
-        starts: NDArray[np.int64],
-        tasks: slice,
-    ) -> Fold:
-        """The chosen rows of some tasks."""
-        mine = zip(self._pool.tasks[tasks], chosen[tasks], strict=True)
-        fixed = np.concatenate([task.embeddings[rows] for task, rows in mine])
+    def _part(self, fit: Fit, chosen: ChosenRows, places: slice) -> Fold:
+        """Some of the chosen rows."""
+        mine = ChosenRows(chosen.task[places], chosen.row[places])
+        fixed = mine.of(lambda task: self._pool.tasks[task].embeddings)
         centered = fixed.astype(np.float32) / np.float32(FIXED_POINT)
         centered -= fit.center.astype(np.float32)
-        first, last = starts[tasks.start], starts[tasks.stop]
         return Fold(
             0,
             fit,
-            np.arange(first, last),
-            np.clip(starts, first, last) - first,
+            np.arange(places.start, places.stop),
+            np.searchsorted(mine.task, np.arange(len(self._pool.tasks) + 1)),
             centered,
             tuple(offset_scores(term.offset, centered) for term in fit.terms),
         )
@@ -217,8 +210,20 @@ class CrossFitting:
         scores = HeldOutScores(
             np.zeros(count, np.int64), own, np.zeros(count, np.int64), own.copy(), own.copy()
         )
+        # The parts of a sample share one fit.
+        fits = {id(fold.fit): fold.fit for fold in folds}
+        combined = self._threads.map(lambda fit: combine(fit, weights).rows, fits.values())
+        rows_of = {
+            key: rows.astype(np.float32, copy=False)
+            for key, rows in zip(fits, combined, strict=True)
+        }
         # Every fold writes to the places of its own rows.
-        list(self._threads.map(lambda fold: _score_fold(fold, weights, closeness, scores), folds))
+        list(
+            self._threads.map(
+                lambda fold: _score_fold(fold, rows_of[id(fold.fit)], weights, closeness, scores),
+                folds,
+            )
+        )
         return scores
 
 
@@ -313,11 +318,11 @@ def _best_rows(
 
 def _score_fold(
     fold: Fold,
+    rows: FloatArray,
     weights: Sequence[float],
     closeness: Closeness | None,
     found: HeldOutScores,
 ) -> None:
-    rows = combine(fold.fit, weights).rows.astype(np.float32, copy=False)
     tasks, present = len(fold.starts) - 1, np.unique(fold.fit.row_task)
     offsets = np.sum(
         [offset * weight for offset, weight in zip(fold.offsets, weights, strict=True)], axis=0

@@ -29,6 +29,7 @@ RealArray = NDArray[np.floating[Any]]
 
 _PRIOR_ROWS = 15.0
 _SHORTEST = 1e-12
+_PIECE_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,13 @@ def shared_by_tasks(moments: Moments, *, single: bool = False) -> Shared:
 
 
 def fit_nearest_mean(moments: Moments) -> Fit:
-    """One row per task: its normalised mean."""
+    """One row per task: its normalised mean, in float32."""
     tasks, first = np.unique(moments.task_of, return_index=True)
     sums = _added_up(moments.sums, first)
-    rows = np.zeros((len(tasks), sums.shape[1] + 1))
-    norms = np.linalg.norm(sums, axis=1, keepdims=True)
-    np.divide(sums, np.maximum(norms, _SHORTEST), out=rows[:, :-1])
+    rows = np.zeros((len(tasks), sums.shape[1] + 1), np.float32)
+    norms = np.sqrt(np.einsum("kd,kd->k", sums, sums))
+    norms = np.maximum(norms, _SHORTEST)[:, None]
+    np.divide(sums, norms, out=rows[:, :-1], casting="same_kind")
     return Fit((Term(rows),), np.zeros(sums.shape[1]), tasks)
 
 
@@ -126,18 +128,26 @@ def lda_fitter(
 
     def fit_lda(moments: Moments) -> Fit:
         means, _, task_number = _task_means(moments)
-        centroids = _sub_centroids(moments, means[task_number])
         number: type[np.floating[Any]] = np.float32 if single else np.float64
         all_rows = shared_by_tasks(moments, single=single) if shared is None else shared
         mean, precision = all_rows.mean, all_rows.precision
         wide = general_precision(moments, background, single=single) if general is None else general
-        discriminant = _discriminant((centroids - mean).astype(number), precision)
+        centroids = np.empty(moments.sums.shape, number)
+        cosines = np.empty((len(centroids), len(mean) + 1), number) if with_cosine else None
+        # By the piece: of ten thousand tasks, memory for all that lies between is slow to come by.
+        for start in range(0, len(centroids), _PIECE_ROWS):
+            piece = slice(start, start + _PIECE_ROWS)
+            found = _sub_centroids(moments, means[task_number[piece]], piece)
+            centroids[piece] = found - mean
+            if cosines is not None:
+                unit = _unit(found.astype(number))
+                # The search is over centred embeddings: c.x = c.(x - mean) + c.mean
+                cosines[piece, :-1], cosines[piece, -1] = unit, unit @ mean.astype(number)
+        discriminant = _discriminant(centroids, precision)
         general_row = _discriminant((background.mean[None] - mean).astype(number), precision)
         terms = [Term(discriminant, precision - wide), Term(discriminant - general_row)]
-        if with_cosine:
-            cosines = _unit(centroids.astype(number))
-            # The search is over centred embeddings: c.x = c.(x - mean) + c.mean
-            terms.append(Term(np.column_stack([cosines, cosines @ mean.astype(number)])))
+        if cosines is not None:
+            terms.append(Term(cosines))
         return Fit(tuple(terms), mean, moments.task_of)
 
     return fit_lda
@@ -145,6 +155,8 @@ def lda_fitter(
 
 def combine(fit: Fit, weights: Sequence[float]) -> Term:
     """The sum of the terms, each times its weight."""
+    if weights == (1.0,):
+        return fit.terms[0]
     rows = fit.terms[0].rows * weights[0]
     for term, weight in zip(fit.terms[1:], weights[1:], strict=True):
         if weight:
@@ -193,14 +205,14 @@ def _added_up(of_clusters: ExactArray, first: NDArray[np.int64]) -> ExactArray:
     return np.asarray(np.add.reduceat(of_clusters, first, axis=0))
 
 
-def _sub_centroids(moments: Moments, task_means: ExactArray) -> ExactArray:
-    """The mean of each cluster `[M, D]`, drawn towards its task's mean where rows are few.
+def _sub_centroids(moments: Moments, task_means: ExactArray, piece: slice) -> ExactArray:
+    """The means of a piece of the clusters `[m, D]`, drawn to their tasks' where rows are few.
 
     Empirical Bayes: the task's mean counts as much as `_PRIOR_ROWS` rows. A task that is one cloud
     keeps one centre, and one that is several is served by several.
     """
-    sums = moments.sums / FIXED_POINT + _PRIOR_ROWS * task_means
-    return np.asarray(sums / (moments.counts + _PRIOR_ROWS)[:, None])
+    sums = moments.sums[piece] / FIXED_POINT + _PRIOR_ROWS * task_means
+    return np.asarray(sums / (moments.counts[piece] + _PRIOR_ROWS)[:, None])
 
 
 def _within_covariance(moments: Moments, means: ExactArray, counts: ExactArray) -> ExactArray:
@@ -213,9 +225,11 @@ def _within_covariance(moments: Moments, means: ExactArray, counts: ExactArray) 
 
 def _discriminant(centered: RealArray, precision: RealArray) -> RealArray:
     """Rows `[M, D + 1]` of twice the log-likelihood of centred centroids, up to what they share."""
-    weights = centered @ precision
-    biases = -np.einsum("md,md->m", weights, centered)
-    return np.concatenate([2 * weights, biases[:, None]], axis=1)
+    rows = np.empty((len(centered), len(precision) + 1), centered.dtype)
+    weights = np.matmul(centered, precision, out=rows[:, :-1])
+    rows[:, -1] = -np.einsum("md,md->m", weights, centered)
+    weights *= 2
+    return rows
 
 
 def _background_covariance(moments: Moments, background: Background) -> ExactArray:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import load
 
 from router.errors import CorruptArtifactError
 from router.examples import Closeness, Examples
@@ -20,10 +20,12 @@ from router.interfaces import FloatArray
 from router.probability import MatchProbability
 from router.quadratic_form import QuadraticForm
 from router.tasks import TaskKey
+from router.tensor_file import tensor_file
 
 HEAD_FORMAT = 3
 
-CALIBRATION_LEVELS = tuple(step / 20 for step in range(1, 20))
+CALIBRATION_STEPS = 20
+CALIBRATION_LEVELS = tuple(step / CALIBRATION_STEPS for step in range(1, CALIBRATION_STEPS))
 """Q levels of the quantiles of scores that a head keeps, to tell drift."""
 
 
@@ -93,6 +95,10 @@ class Head:
 
     def to_bytes(self) -> bytes:
         """A safetensors file; equal heads give equal bytes."""
+        return b"".join(self.to_file())
+
+    def to_file(self) -> list[memoryview]:
+        """The bytes of `to_bytes`, in parts."""
         tensors: dict[str, NDArray[np.generic]] = {
             "rows": self.rows,
             "row_task": self.row_task,
@@ -120,10 +126,7 @@ class Head:
         }
         if self.probability is not None:
             about["probability"] = asdict(self.probability)
-        return save(
-            {name: np.ascontiguousarray(value) for name, value in tensors.items()},
-            metadata={"head": json.dumps(about, sort_keys=True)},
-        )
+        return tensor_file(tensors, {"head": json.dumps(about, sort_keys=True)})
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Head:
@@ -227,8 +230,13 @@ def with_thresholds(
 
 
 def best_row_per_task(row_scores: FloatArray, row_task: NDArray[np.int64]) -> FloatArray:
-    """Scores of rows `[B, M]` to scores of tasks `[B, K]`; the rows of a task are contiguous."""
+    """Scores of rows `[B, M]` to scores of tasks `[B, K]`; the rows of a task are contiguous.
+
+    They are the same array where every task has one row.
+    """
     starts = np.flatnonzero(np.diff(row_task, prepend=-1))
+    if len(starts) == len(row_task):
+        return row_scores
     best: FloatArray = np.maximum.reduceat(row_scores, starts, axis=1)
     return best
 

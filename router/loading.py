@@ -107,11 +107,13 @@ class SnapshotLoader:
         head = self._head(catalog, about, about.head_sha256, live)
         challengers, broken = self._challengers(catalog, about, tasks, rejection, previous)
         snapshot = Snapshot.build(revision, head, tasks, rejection, challengers, broken)
-        return replace(snapshot, cascade=self._cascade(snapshot, about.policy))
+        return replace(snapshot, cascade=self._cascade(catalog, snapshot, about.policy))
 
-    def _cascade(self, snapshot: Snapshot, policy: Policy) -> Cascade | None:
+    def _cascade(
+        self, catalog: CatalogReader, snapshot: Snapshot, policy: Policy
+    ) -> Cascade | None:
         """What decides first, where there is a fast encoder; without it all is decided as ever."""
-        from router.cascade import build_cascade  # which reads statistics, as this module does
+        from router.cascade import Cascade  # which reads statistics, as this module does
 
         fast = self._models.fast
         if fast is None or not snapshot.tasks:
@@ -120,10 +122,30 @@ class SnapshotLoader:
             _log.warning("no cascade", problem="challengers are tried by the full encoder")
             return None
         try:
-            return build_cascade(self._artifacts, snapshot.tasks, snapshot.revision, policy, fast)
+            head = self._fast_head(catalog, snapshot, policy, fast)
         except PromptyardError as error:
             _log.warning("no cascade", problem=str(error))
             return None
+        tasks = snapshot.tasks
+        return Cascade(fast.encoder, Snapshot.build(snapshot.revision, head, tasks))
+
+    def _fast_head(
+        self, catalog: CatalogReader, snapshot: Snapshot, policy: Policy, fast: FastModel
+    ) -> Head:
+        """The head of the fast encoder that was published with the revision, or one like it."""
+        from router.cascade import FastHeads
+
+        sha256 = catalog.fast_head(snapshot.revision)
+        if sha256 is not None:
+            try:
+                return self._read_head(sha256, snapshot.head.tasks, fast.encoder.fingerprint)
+            except CorruptArtifactError as error:
+                problem = str(error)
+        else:
+            problem = "not published with the revision: see promptyard policy set --cascade"
+        _log.warning("compiling the fast head", revision=snapshot.revision, problem=problem)
+        records = [task.record for task in snapshot.tasks.values()]
+        return FastHeads(self._artifacts, fast).compile(records, policy)
 
     def _challengers(
         self,
@@ -209,10 +231,7 @@ class SnapshotLoader:
     ) -> Head:
         """The compiled head of that digest for tasks, sorted by name."""
         try:
-            head = Head.from_bytes(self._heads.read(sha256))
-            if list(head.tasks) != list(keys) or head.encoder != self._models.encoder:
-                raise CorruptArtifactError("compiled head", "other tasks", "publish again")
-            return head
+            return self._read_head(sha256, keys, self._models.encoder)
         except CorruptArtifactError as error:
             # Heads are derived: old ones are pruned, and a damaged one is made again.
             _log.warning("compiling the head again", revision=about.revision, problem=str(error))
@@ -227,6 +246,14 @@ class SnapshotLoader:
             dimension=self._models.dimension,
             background=self._models.background(),
         )
+
+    def _read_head(self, sha256: str, keys: Sequence[TaskKey], encoder: str) -> Head:
+        head = Head.from_bytes(self._heads.read(sha256))
+        if list(head.tasks) != list(keys) or head.encoder != encoder:
+            raise CorruptArtifactError(
+                "compiled head", "of other tasks or of another encoder", "publish again"
+            )
+        return head
 
 
 def check_encoder(catalog: str, running: str) -> None:

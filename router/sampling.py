@@ -10,32 +10,39 @@ digests come first.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from router.statistics import FOLDS, TaskStatistics
+from router.statistics import FOLDS, ChosenRows, TaskStatistics
+from router.tasks import TaskKey
 
 MOST_PAIRS = 1 << 26
 SAMPLED_PAIRS = 5_000_000
 LEAST_SAMPLED_ROWS = 512
 
 
-def sampled_rows(tasks: Sequence[TaskStatistics], centroids: int) -> list[NDArray[np.int64]] | None:
-    """The numbers of each task's rows that are scored `[K][n_k]`, all of fold 0; None: all rows."""
+def sampled_rows(tasks: Sequence[TaskStatistics], centroids: int) -> ChosenRows | None:
+    """The rows that are scored, all of fold 0; None: all rows."""
     rows = sum(len(task.embeddings) for task in tasks)
     if rows * centroids <= MOST_PAIRS:
         return None
     wanted = max(SAMPLED_PAIRS // centroids, LEAST_SAMPLED_ROWS)
     most = -(-wanted // len(tasks))
-    chosen = [np.zeros(0, np.int64)] * len(tasks)
-    for number in sorted(range(len(tasks)), key=lambda number: _digest(tasks[number])):
-        chosen[number] = np.arange(0, len(tasks[number].embeddings), FOLDS)[: min(most, wanted)]
-        wanted -= len(chosen[number])
-    return chosen
+    digests = [_digest(task.key) for task in tasks]
+    chosen: list[tuple[int, int]] = []
+    for number in sorted(range(len(tasks)), key=digests.__getitem__):
+        if len(chosen) == wanted:
+            break
+        rows_of_fold = range(0, len(tasks[number].embeddings), FOLDS)
+        mine = rows_of_fold[: min(most, wanted - len(chosen))]
+        chosen += [(number, row) for row in mine]
+    task, row = np.array(sorted(chosen), np.int64).T
+    return ChosenRows(task, row)
 
 
-def _digest(task: TaskStatistics) -> bytes:
-    return hashlib.blake2b(str(task.key).encode(), digest_size=8).digest()
+@functools.lru_cache(1 << 16)
+def _digest(key: TaskKey) -> bytes:
+    return hashlib.blake2b(str(key).encode(), digest_size=8).digest()

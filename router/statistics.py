@@ -8,13 +8,15 @@ subtracting a task leaves exactly what was there before it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import bisect
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from router.interfaces import FloatArray
+from router.ordered_rows import OrderedRows
 from router.tasks import TaskKey
 from router.threads import one_blas_thread
 
@@ -110,11 +112,27 @@ class Moments:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class ChosenRows:
+    """Some rows `[n]` of some tasks: the number of each one's task, ascending, and its own."""
+
+    task: NDArray[np.int64]
+    row: NDArray[np.int64]
+
+    def of(self, array: Callable[[int], NDArray[np.int16]]) -> NDArray[np.int16]:
+        """The chosen rows `[n, ...]` of the arrays of the tasks, by their numbers."""
+        pairs = zip(self.task.tolist(), self.row.tolist(), strict=True)
+        return np.stack([array(task)[row] for task, row in pairs])
+
+
 class PooledMoments:
     """The moments of a changing set of tasks, fold by fold.
 
-    The second moments are carried along when tasks come and go, so that adding the N+1st task
+    Sums and second moments are carried along when tasks come and go, so that adding the N+1st task
     costs that task's rows and not everybody's.
+
+    While a task keeps statistics only, each task is one cluster in the moments: a task that has
+    several scores higher, and would draw rows from those that have one and set their thresholds.
     """
 
     def __init__(self, dimension: int) -> None:
@@ -122,30 +140,33 @@ class PooledMoments:
         self._gram_without_rows = np.zeros((dimension, dimension))
         self._tasks: dict[TaskKey, TaskStatistics] = {}
         self._in_order: list[TaskStatistics] = []
-        # Of each task: those of all its rows, so that they need not be read again.
-        self._sums: dict[TaskKey, TaskSumsByCluster] = {}
+        # The clusters of the tasks in order: of task t those from `_first[t]` to `_first[t + 1]`.
+        self._first = np.zeros(1, np.int64)
+        self._counts = np.zeros(0)
+        self._sums = OrderedRows(dimension)
 
     @property
     def tasks(self) -> list[TaskStatistics]:
         """The tasks in the pool, in canonical order."""
         return self._in_order
 
+    @property
+    def cluster_counts(self) -> NDArray[np.int64]:
+        """How many clusters each task has `[K]`."""
+        return np.diff(self._first)
+
     def update(self, tasks: Iterable[TaskStatistics]) -> None:
         """Make the pool hold exactly `tasks`."""
         wanted = {task.key: task for task in tasks}
         going = [self._tasks[key] for key in self._tasks.keys() - wanted.keys()]
-        coming = [wanted[key] for key in wanted.keys() - self._tasks.keys()]
+        coming = [wanted[key] for key in sorted(wanted.keys() - self._tasks.keys())]
         with one_blas_thread():
             self._accumulate(going, np.subtract)
             self._accumulate(coming, np.add)
-        for task in going:
-            del self._tasks[task.key], self._sums[task.key]
-        for task in coming:
-            self._tasks[task.key] = task
-            self._sums[task.key] = _sums_by_cluster(task)
-        self._in_order = sorted(
-            self._tasks.values(), key=lambda task: (task.key.name, task.key.revision)
-        )
+        if going:
+            self._leave({task.key for task in going})
+        if coming:
+            self._join(coming)
 
     def by_fold(self) -> list[Moments]:
         """One `Moments` per fold, all with the same clusters."""
@@ -154,67 +175,102 @@ class PooledMoments:
     def of_fold(self, fold: int) -> Moments:
         """The `Moments` of the rows of one fold. (Exact: the order of addition does not matter.)"""
         tasks = self.tasks
-        first = np.cumsum([0, *(task.cluster_count for task in tasks)])
         cluster = np.concatenate(
-            [start + task.clusters[fold::FOLDS] for start, task in zip(first, tasks, strict=False)]
+            [
+                start + task.clusters[fold::FOLDS]
+                for start, task in zip(self._first[:-1], tasks, strict=True)
+            ]
         )
-        order = np.argsort(cluster, kind="stable")
-        filled, begins = np.unique(cluster[order], return_index=True)
         rows = np.concatenate([task.embeddings[fold::FOLDS] for task in tasks])
-        sums = np.zeros((first[-1], len(self._grams[fold])))
-        if len(rows):
-            sums[filled] = np.add.reduceat(rows[order].astype(np.float64), begins, axis=0)
-        return Moments(
-            np.bincount(cluster, minlength=first[-1]).astype(np.float64),
-            sums,
-            np.repeat(np.arange(len(tasks)), np.diff(first)),
-            self._grams[fold],
-        )
+        counts, sums = _sums_by_cluster(rows, cluster, len(self._counts))
+        return self._comparable(Moments(counts, sums, self._task_of(), self._grams[fold]))
 
     def without_rows(self) -> Moments:
         """The `Moments` of the tasks that keep statistics only: they belong to no fold."""
-        tasks = self.tasks
-        dimension = len(self._gram_without_rows)
-        counts = [np.zeros(t.cluster_count) if t.sums is None else t.sums.counts for t in tasks]
-        sums = [
-            np.zeros((t.cluster_count, dimension)) if t.sums is None else t.sums.sums for t in tasks
-        ]
-        return Moments(
-            np.concatenate(counts),
-            np.concatenate(sums),
-            np.repeat(np.arange(len(tasks)), [t.cluster_count for t in tasks]),
-            self._gram_without_rows,
+        kept = np.repeat([task.sums is None for task in self.tasks], self.cluster_counts)
+        return self._comparable(
+            Moments(
+                np.where(kept, 0.0, self._counts),
+                np.where(kept[:, None], 0.0, self._sums.rows),
+                self._task_of(),
+                self._gram_without_rows,
+            )
         )
 
     def total(self) -> Moments:
-        """The `Moments` of all rows, kept or not."""
-        sums = [self._sums[task.key] for task in self.tasks]
-        return Moments(
-            np.concatenate([each.counts for each in sums]),
-            np.concatenate([each.sums for each in sums]),
-            np.repeat(np.arange(len(sums)), [len(each.counts) for each in sums]),
-            self._grams.sum(0) + self._gram_without_rows,
+        """The `Moments` of all rows, kept or not. They are the pool's own, until it changes."""
+        return self._comparable(
+            Moments(
+                self._counts,
+                self._sums.rows,
+                self._task_of(),
+                self._grams.sum(0) + self._gram_without_rows,
+            )
         )
 
-    def held_out(self, chosen: Sequence[NDArray[np.int64]]) -> Moments:
-        """The sums of the tasks of which rows are `chosen` `[K][n_k]`, less those of these rows.
+    def held_out(self, chosen: ChosenRows) -> Moments:
+        """The sums of the tasks of which rows are `chosen`, less those of these rows.
 
         `gram` is empty. Clusters that are left without rows are not among them.
         """
-        counts, sums, numbers = [], [], []
-        for number, (task, rows) in enumerate(zip(self.tasks, chosen, strict=True)):
-            if not len(rows):
-                continue
-            all_rows, clusters = self._sums[task.key], task.clusters[rows]
-            left, less = all_rows.counts.copy(), all_rows.sums.copy()
-            np.subtract.at(left, clusters, 1.0)
-            np.subtract.at(less, clusters, task.embeddings[rows].astype(np.float64))
-            counts.append(left[left > 0])
-            sums.append(less[left > 0])
-            numbers.append(np.full(int((left > 0).sum()), number))
-        return Moments(
-            np.concatenate(counts), np.concatenate(sums), np.concatenate(numbers), np.zeros((0, 0))
+        task_of = self._task_of()
+        clusters = np.flatnonzero(np.isin(task_of, chosen.task))
+        cluster_of_row = self._first[chosen.task] + chosen.of(
+            lambda task: self.tasks[task].clusters
         )
+        counts, sums = _sums_by_cluster(
+            chosen.of(lambda task: self.tasks[task].embeddings),
+            np.searchsorted(clusters, cluster_of_row),
+            len(clusters),
+        )
+        left = self._counts[clusters] - counts
+        return self._comparable(
+            Moments(
+                left[left > 0],
+                (self._sums.rows[clusters] - sums)[left > 0],
+                task_of[clusters][left > 0],
+                np.zeros((0, 0)),
+            )
+        )
+
+    def _comparable(self, moments: Moments) -> Moments:
+        """`moments`, or those with one cluster a task where some tasks have no more than that."""
+        if all(task.sums is None for task in self._in_order) or not len(moments.counts):
+            return moments
+        tasks, first = np.unique(moments.task_of, return_index=True)
+        return Moments(
+            np.add.reduceat(moments.counts, first),
+            np.add.reduceat(moments.sums, first, axis=0),
+            tasks,
+            moments.gram,
+        )
+
+    def _task_of(self) -> NDArray[np.int64]:
+        """The number of each cluster's task."""
+        return np.repeat(np.arange(len(self._in_order)), self.cluster_counts)
+
+    def _leave(self, gone: Collection[TaskKey]) -> None:
+        stays = np.array([task.key not in gone for task in self._in_order])
+        kept = np.repeat(stays, self.cluster_counts)
+        self._sums.remove(np.flatnonzero(~kept).tolist())
+        self._counts = self._counts[kept]
+        self._first = np.cumsum([0, *self.cluster_counts[stays]])
+        self._in_order = [task for task in self._in_order if task.key not in gone]
+        for key in gone:
+            del self._tasks[key]
+
+    def _join(self, coming: Sequence[TaskStatistics]) -> None:
+        """Take up tasks, which are in canonical order, at their places."""
+        keys = [task.key for task in self._in_order]
+        places = [bisect.bisect(keys, task.key) for task in coming]
+        counts, sums = zip(*(_sums_of_task(task) for task in coming), strict=True)
+        clusters = np.array([len(each) for each in counts])
+        before = np.repeat(self._first[places], clusters)
+        self._sums.insert(before.tolist(), np.concatenate(sums))
+        self._counts = np.insert(self._counts, before, np.concatenate(counts))
+        self._first = np.cumsum([0, *np.insert(self.cluster_counts, places, clusters)])
+        self._in_order = sorted([*self._in_order, *coming], key=lambda task: task.key)
+        self._tasks.update((task.key, task) for task in coming)
 
     def _accumulate(self, tasks: Sequence[TaskStatistics], change: np.ufunc) -> None:
         """Add the second moments of `tasks`, or subtract them: many rows in one product."""
@@ -227,23 +283,23 @@ class PooledMoments:
                 change(self._grams[fold], rows.T @ rows, out=self._grams[fold])
 
 
-@dataclass(frozen=True, slots=True)
-class TaskSumsByCluster:
+def _sums_of_task(task: TaskStatistics) -> tuple[ExactArray, ExactArray]:
     """Exact counts `[M]` and sums `[M, D]` over all rows of a task's clusters."""
-
-    counts: ExactArray
-    sums: ExactArray
-
-
-def _sums_by_cluster(task: TaskStatistics) -> TaskSumsByCluster:
     if task.sums is not None:
-        return TaskSumsByCluster(task.sums.counts, task.sums.sums)
-    sums = np.zeros((task.cluster_count, task.embeddings.shape[1]))
-    for cluster in range(task.cluster_count):
-        sums[cluster] = task.embeddings[task.clusters == cluster].sum(0, dtype=np.int64)
-    return TaskSumsByCluster(
-        np.bincount(task.clusters, minlength=task.cluster_count).astype(np.float64), sums
-    )
+        return task.sums.counts, task.sums.sums
+    return _sums_by_cluster(task.embeddings, task.clusters.astype(np.int64), task.cluster_count)
+
+
+def _sums_by_cluster(
+    rows: NDArray[np.int16], cluster: NDArray[np.int64], clusters: int
+) -> tuple[ExactArray, ExactArray]:
+    """Exact counts `[M]` and sums `[M, D]` of rows `[n, D]` that are of a `cluster` `[n]` each."""
+    order = np.argsort(cluster, kind="stable")
+    filled, begins = np.unique(cluster[order], return_index=True)
+    sums = np.zeros((clusters, rows.shape[1]))
+    if len(rows):
+        sums[filled] = np.add.reduceat(rows[order].astype(np.float64), begins, axis=0)
+    return np.bincount(cluster, minlength=clusters).astype(np.float64), sums
 
 
 def _in_chunks(parts: Sequence[NDArray[np.int16]]) -> Iterator[ExactArray]:

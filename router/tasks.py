@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from router.errors import CorruptArtifactError, InvalidInputError
 
@@ -228,18 +228,19 @@ class Policy:
 
     `false_reject_rate` is the share of the tasks' own inputs that may be kept from every task, as
     unknown or as ambiguous; `ambiguous_rate` is the part of it that may be ambiguous. `on_unknown`
-    is the rejection policy, as `router.rejection` writes it.
+    is the rejection policy, as `router.rejection` writes it. `cascade`: every revision has a head
+    of the fast encoder, too (`router.cascade`).
     """
 
     head: str = "auto"
     false_reject_rate: float = 0.05
     ambiguous_rate: float = 0.005
     on_unknown: str = "abstain"
+    cascade: bool = False
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class TaskKey:
-    """A task at one of its revisions."""
+class TaskKey(NamedTuple):
+    """A task at one of its revisions. (A tuple: a publish looks up ten thousands of them.)"""
 
     name: str
     revision: int

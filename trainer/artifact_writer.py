@@ -20,8 +20,8 @@ from router.errors import StorageError
 class ArtifactWriter(ArtifactReader):
     """An `ArtifactReader` that can also add files. No file is ever overwritten."""
 
-    def write(self, content: bytes) -> str:
-        """Store `content` and return its digest.
+    def write(self, *content: bytes | memoryview) -> str:
+        """Store `content`, of which there may be several parts, and return its digest.
 
         Temporary file in the same folder, write, fsync, rename, fsync of the folder: a crash at
         any point leaves at most an orphan. Content that is stored already is left alone.
@@ -29,14 +29,17 @@ class ArtifactWriter(ArtifactReader):
         Raises:
             StorageError: the disk is full, or the folder cannot be written.
         """
-        sha256 = hashlib.sha256(content).hexdigest()
+        digest = hashlib.sha256()
+        for part in content:
+            digest.update(part)
+        sha256 = digest.hexdigest()
         path = self.path(sha256)
         try:
-            if path.exists() and path.read_bytes() == content:
+            if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
                 sync_folder(path.parent)  # whoever wrote it may not have come that far
                 return sha256
             _make_folder(path.parent)
-            write_durably(path, content)
+            write_durably(path, *content)
         except OSError as error:
             raise StorageError(
                 f"artifact folder {path.parent}",
@@ -50,12 +53,12 @@ class ArtifactWriter(ArtifactReader):
         return self.write(save({k: np.ascontiguousarray(v) for k, v in tensors.items()}))
 
 
-def write_durably(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that a reader sees all of it or nothing, also after a crash."""
+def write_durably(path: Path, *content: bytes | memoryview) -> None:
+    """Write the parts of `content` to `path`: a reader sees all or nothing, also after a crash."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".partial-")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            file.writelines(content)
             file.flush()
             os.fsync(file.fileno())
         # A catalog may be served by another user than the one who registers.

@@ -54,6 +54,13 @@ _CHALLENGERS = """
     ) WITHOUT ROWID;
 """
 
+_FAST_HEADS = """
+    CREATE TABLE fast_heads (
+        catalog_revision INTEGER PRIMARY KEY REFERENCES catalog_revisions (revision),
+        head_sha256 TEXT NOT NULL
+    );
+"""
+
 
 def _append_only(table: str, *key: str) -> str:
     """The triggers that refuse everything but appending to `table`, whose primary key is `key`."""
@@ -75,6 +82,7 @@ _STEPS = (
     + _append_only("catalog_revisions", "revision")
     + _append_only("task_events", "task", "catalog_revision"),
     _CHALLENGERS + _append_only("challengers", "task", "catalog_revision"),
+    _FAST_HEADS + _append_only("fast_heads", "catalog_revision"),
 )
 
 
@@ -82,7 +90,8 @@ _STEPS = (
 class Publication:
     """One append: new records, and which task revisions are live from now on (None: retired).
 
-    `challengers` are all of those that there are from now on.
+    `challengers` are all of those that there are from now on. `fast_head_sha256` is the head by the
+    fast encoder, where the policy has one.
     """
 
     action: str
@@ -93,6 +102,7 @@ class Publication:
     policy: Policy
     report: Mapping[str, object]
     challengers: tuple[StoredChallenger, ...] = ()
+    fast_head_sha256: str | None = None
 
 
 class CatalogWriter(CatalogReader):
@@ -159,6 +169,10 @@ class CatalogWriter(CatalogReader):
             execute(
                 "INSERT INTO challengers VALUES (?, ?, ?, ?, ?)",
                 (about.task, revision, about.revision, about.share, stored.head_sha256),
+            )
+        if publication.fast_head_sha256 is not None:
+            execute(
+                "INSERT INTO fast_heads VALUES (?, ?)", (revision, publication.fast_head_sha256)
             )
         return revision
 

@@ -63,3 +63,4 @@ class PolicyChange:
     false_reject_rate: float | None = None
     ambiguous_rate: float | None = None
     on_unknown: RejectionPolicy | None = None
+    cascade: bool | None = None

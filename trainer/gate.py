@@ -142,7 +142,8 @@ def measure(
         near = _nearest_tasks(after, new, vectors)
         now.update(_decided_among(after, near, vectors))
         if before is not None:
-            then.update(_decided_among(before, [key for key in near if key in then], vectors))
+            known = set(before.tasks)
+            then.update(_decided_among(before, [key for key in near if key in known], vectors))
     old = [key for key in now if key not in new and (before is None or key in then)]
     for key in old if before is not None else ():
         # Of a task that is near, there are as many rows in both; else a sample, or all.

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from router.background import measure_background
+from router.bootstrap import load_fast_model
+from router.cascade import FastHeads, FastModel
 from router.catalog import ARTIFACTS_FOLDER, HEADS_FOLDER, StoredChallenger
 from router.challengers import Challenge
-from router.compiling import HEAD_KINDS, changed_decisions, compile_head
+from router.compiling import changed_decisions, compile_head
 from router.errors import (
     CatalogBusyError,
     CorruptArtifactError,
@@ -30,6 +32,7 @@ from trainer.catalog_writer import CatalogWriter, Publication
 from trainer.challenge_rules import standing_challenges
 from trainer.commands import PolicyChange
 from trainer.gate import GateReport, check, measure
+from trainer.policies import changed_policy
 
 _KEPT_HEADS = 16
 
@@ -60,7 +63,10 @@ class Workshop:
     read each task once, and no head that this process has compiled.
     """
 
-    def __init__(self, home: Path, encoder: Encoder) -> None:
+    def __init__(
+        self, home: Path, encoder: Encoder, load_fast: Callable[[], FastModel] = load_fast_model
+    ) -> None:
+        """`load_fast` gives the fast encoder, where the policy has a cascade."""
         self.home = home
         self.encoder = encoder
         self.catalog = CatalogWriter(home)
@@ -69,6 +75,10 @@ class Workshop:
         self._background: Background | None = None
         self._pool = PooledMoments(encoder.dimension)
         self._statistics: dict[TaskKey, TaskStatistics] = {}
+        self._rows: dict[TaskKey, int] = {}
+        self._live: tuple[int, list[TaskKey]] = (0, [])
+        self._load_fast = load_fast
+        self._fast_heads: FastHeads | None = None
         self._compiled: tuple[str, Head] | None = None
 
     def close(self) -> None:
@@ -99,22 +109,7 @@ class Workshop:
         """
         newest = self.catalog.newest_revision()
         policy = self.catalog.revision(newest).policy if newest else Policy()
-        if change is None:
-            return policy
-        if change.head is not None:
-            policy = replace(policy, head=change.head)
-        if change.false_reject_rate is not None:
-            policy = replace(policy, false_reject_rate=change.false_reject_rate)
-        if change.ambiguous_rate is not None:
-            policy = replace(policy, ambiguous_rate=change.ambiguous_rate)
-        if change.on_unknown is not None:
-            policy = replace(policy, on_unknown=str(change.on_unknown))
-        if policy.head not in HEAD_KINDS:
-            raise InvalidInputError("head", policy.head, f"choose one of {', '.join(HEAD_KINDS)}")
-        for name in ("false_reject_rate", "ambiguous_rate"):
-            if not 0 <= getattr(policy, name) <= 0.5:
-                raise InvalidInputError(name, getattr(policy, name), "give a share from 0 to 0.5")
-        return policy
+        return policy if change is None else changed_policy(policy, change)
 
     def newest_head(self) -> Head:
         """The compiled head of the newest revision; an empty one where there is none.
@@ -155,7 +150,8 @@ class Workshop:
             InterferenceError: a task takes too much of another one, and is not forced.
             TaskNotFoundError: `change` falls back to a task that would not be live, or `challenge`
                 is of a task that is not.
-            InvalidInputError: `challenge` cannot be (`trainer.challenges`).
+            InvalidInputError: `challenge` cannot be (`trainer.challenges`), or there is to be a
+                cascade, and a task keeps no texts.
             IncompatibleModelError: what would be live was embedded by another encoder.
             CatalogBusyError: of `other_encoder`, a task came meanwhile.
         """
@@ -190,7 +186,7 @@ class Workshop:
             new = {record.key: record for record in records}
             for record in records:
                 catalog.refuse_existing(record)
-            old = catalog.live(parent)
+            old = self._live_at(parent)
             tasks = {key.name: key for key in old}
             for name, revision in live.items():
                 tasks.pop(name, None)
@@ -211,7 +207,7 @@ class Workshop:
             }
             before = self._read_head_if_whole(parent)
             heads = [each for each in (before, head, *challengers.values()) if each is not None]
-            rows = {key: self._rows(key) for each in heads for key in each.tasks}
+            rows = self._rows_of(heads)
             changed = changed_decisions(before, head, rows) if before is not None else {}
             gate = None
             arriving, arrived = sorted(set(tasks.values()) - set(old)), head
@@ -228,8 +224,9 @@ class Workshop:
                 )
                 forced = {record.key for record in records if record.forced_reason}
                 check(gate, () if force else {*arriving} - forced, gate_limit)
-            content = head.to_bytes()
-            head_sha256 = self._heads.write(content)
+            fast_head = self._compile_fast(tasks.values(), new, policy)
+            file = head.to_file()
+            head_sha256 = self._heads.write(*file)
             gone = tuple(each for each in stood if each.key not in {left.key for left in stand})
             revision = catalog.append(
                 Publication(
@@ -245,15 +242,25 @@ class Workshop:
                         **_challenges_document(stand, gone),
                         **({"gate": gate.document()} if gate is not None else {}),
                         **({"forced": force} if force else {}),
+                        **({"cascade": fast_head.summary} if fast_head is not None else {}),
                     },
                     tuple(
-                        StoredChallenger(each, self._heads.write(compiled.to_bytes()))
+                        StoredChallenger(each, self._heads.write(*compiled.to_file()))
                         for each, compiled in challengers.items()
                     ),
+                    self._heads.write(*fast_head.to_file()) if fast_head is not None else None,
                 )
             )
             self._compiled = (head_sha256, head)
-        return Published(revision, head, head.summary, changed, gate, len(content), stand, gone)
+        self._live = (revision, sorted(tasks.values()))
+        head_bytes = sum(part.nbytes for part in file)
+        return Published(revision, head, head.summary, changed, gate, head_bytes, stand, gone)
+
+    def _live_at(self, revision: int) -> list[TaskKey]:
+        """The tasks that are live at `revision`, which never changes once it is there."""
+        if self._live[0] != revision:
+            self._live = (revision, self.catalog.live(revision))
+        return self._live[1]
 
     def _compile(
         self, keys: Iterable[TaskKey], new: Mapping[TaskKey, TaskRecord], policy: Policy
@@ -267,10 +274,35 @@ class Workshop:
             background=self._measured_background(),
         )
 
+    def _compile_fast(
+        self, keys: Collection[TaskKey], new: Mapping[TaskKey, TaskRecord], policy: Policy
+    ) -> Head | None:
+        """The head of the fast encoder, where the policy has a cascade.
+
+        Raises:
+            InvalidInputError: a task keeps no texts, or the catalog is of the fast encoder itself.
+        """
+        if not policy.cascade or not keys:
+            return None
+        if self._fast_heads is None:
+            self._fast_heads = FastHeads(self.artifacts, self._load_fast())
+        if self._fast_heads.fast.encoder.fingerprint == self.encoder.fingerprint:
+            raise InvalidInputError(
+                "cascade",
+                f"with the encoder {self.encoder.name}",
+                "all is decided fast: `promptyard policy set --no-cascade`",
+            )
+        return self._fast_heads.compile(
+            [new.get(key) or self.catalog.record(key) for key in keys], policy
+        )
+
     def _forget(self, records: tuple[TaskRecord, ...]) -> None:
         """Drop what is cached of records that were not published: their keys are free again."""
+        if self._fast_heads is not None:
+            self._fast_heads = FastHeads(self.artifacts, self._fast_heads.fast)
         for record in records:
             self._statistics.pop(record.key, None)
+            self._rows.pop(record.key, None)
         unpublished = {record.key for record in records}
         self._pool.update(task for task in self._pool.tasks if task.key not in unpublished)
 
@@ -292,7 +324,15 @@ class Workshop:
             self._statistics[key] = read_statistics(self.artifacts, record)
         return self._statistics[key]
 
-    def _rows(self, key: TaskKey) -> int:
+    def _rows_of(self, heads: Iterable[Head]) -> Mapping[TaskKey, int]:
+        """How many rows the tasks of `heads` keep."""
+        for head in heads:
+            for key in head.tasks:
+                if key not in self._rows:
+                    self._rows[key] = self._count_rows(key)
+        return self._rows
+
+    def _count_rows(self, key: TaskKey) -> int:
         """How many rows a task keeps; also of one whose stored rows are damaged, to retire it."""
         statistics = self._statistics.get(key)
         if statistics is not None:
@@ -330,9 +370,12 @@ class Workshop:
 
     def _heads_of(self, revision: int) -> set[str]:
         challengers = self.catalog.challengers(revision)
-        return {self.catalog.revision(revision).head_sha256} | {
-            stored.head_sha256 for stored in challengers
-        }
+        fast_head = self.catalog.fast_head(revision)
+        return (
+            {self.catalog.revision(revision).head_sha256}
+            | {stored.head_sha256 for stored in challengers}
+            | ({fast_head} if fast_head is not None else set())
+        )
 
 
 def _challenges_document(

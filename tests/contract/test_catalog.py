@@ -51,7 +51,7 @@ from trainer import catalog_writer
 from trainer.catalog_writer import CatalogWriter, Publication
 from trainer.challenges import start_challenge
 
-TABLES = ("task_records", "catalog_revisions", "task_events", "challengers")
+TABLES = ("task_records", "catalog_revisions", "task_events", "challengers", "fast_heads")
 
 
 def record(name: str, revision: int = 1, description: str = "") -> TaskRecord:
@@ -90,7 +90,14 @@ def append_all_kinds(writer: CatalogWriter) -> None:
     append(writer, record("weather"))
     challengers = (StoredChallenger(Challenge("weather", 2, 0.25), "a" * 64),)
     with writer.appending():
-        writer.append(replace(publication(record("weather", 2)), live={}, challengers=challengers))
+        writer.append(
+            replace(
+                publication(record("weather", 2)),
+                live={},
+                challengers=challengers,
+                fast_head_sha256="b" * 64,
+            )
+        )
 
 
 @pytest.fixture
@@ -207,7 +214,11 @@ def test_the_file_itself_refuses_to_change_or_delete_rows(
     writer: CatalogWriter, table: str, change: str
 ) -> None:
     append_all_kinds(writer)
-    column = {"task_records": "record", "catalog_revisions": "report"}.get(table, "task")
+    column = {
+        "task_records": "record",
+        "catalog_revisions": "report",
+        "fast_heads": "head_sha256",
+    }.get(table, "task")
     with (
         contextlib.closing(sqlite3.connect(writer.home / CATALOG_FILE)) as connection,
         pytest.raises(sqlite3.IntegrityError, match=f"{table} is append-only"),
@@ -642,23 +653,25 @@ def test_an_old_catalog_is_read_as_it_is(old_home: Path) -> None:
     with CatalogReader(old_home) as reader:
         assert reader.live(2) == [TaskKey("sport", 2), TaskKey("weather", 1)]
         assert reader.challengers(2) == []
+        assert reader.fast_head(2) is None
         snapshot = SnapshotLoader(old_home, served_models()).load(reader, 2, None)
     assert not any(task.problem for task in snapshot.tasks.values())
     assert file_digests(old_home) == before
 
 
 def test_a_writer_brings_an_old_catalog_up_to_date_and_keeps_every_row(old_home: Path) -> None:
-    old = TABLES[:-1]
+    old = TABLES[:3]
     with contextlib.closing(sqlite3.connect(old_home / CATALOG_FILE)) as connection:
         before = {t: connection.execute(f"SELECT * FROM {t}").fetchall() for t in old}
     # A server that reads meanwhile goes on, and sees the challengers that come.
     with CatalogReader(old_home) as reader:
         assert reader.challengers(2) == []
         with new_workshop(old_home) as workshop:
-            assert schema_version(workshop.catalog._connection) == SCHEMA_VERSION == 2
+            assert schema_version(workshop.catalog._connection) == SCHEMA_VERSION == 3
             assert {t: rows(old_home)[t] for t in old} == before
             start_challenge(workshop, "sport", 0.5, revision=1)
         assert [each.challenge for each in reader.challengers(3)] == [Challenge("sport", 1, 0.5)]
+        assert reader.fast_head(3) is None
         assert reader.live(3) == reader.live(2)
 
 

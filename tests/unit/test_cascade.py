@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from router.artifacts import ArtifactReader
 from router.background import measure_background
 from router.cascade import LEAST_PROBABILITY, FastModel
-from router.catalog import CatalogReader
+from router.catalog import HEADS_FOLDER, CatalogReader
 from router.decision import Outcome
 from router.errors import InvalidInputError
 from router.interfaces import Embeddings
@@ -30,12 +32,14 @@ from tests.catalogs import (
 )
 from tests.fakes import FixedLive, make_settings
 from trainer import lifecycle
+from trainer import workshop as workshop_module
 from trainer.challenges import start_challenge
-from trainer.commands import RegisterTask
+from trainer.commands import PolicyChange, RegisterTask
 from trainer.evaluate_routing import evaluate_routing
 from trainer.evaluation_rows import LabelledText
 from trainer.register import register
 from trainer.tuning_settings import TuningSettings
+from trainer.workshop import Workshop
 
 PLACES = ("weather", "sport", "music")
 ELSEWHERE = [f"nowhere{number} at all" for number in range(40)]
@@ -60,8 +64,10 @@ class CoarseEncoder(PlaceEncoder):
     name = "coarse"
     dimension = DIMENSION // 2
 
+    made_as = "coarse:1"
+
     def __init__(self) -> None:
-        super().__init__("coarse:1")
+        super().__init__(self.made_as)
 
     def encode(self, texts: Sequence[str]) -> Embeddings:
         """Unit vectors `[B, 12]`."""
@@ -185,6 +191,115 @@ def test_a_catalog_without_what_it_takes_is_served_by_the_full_encoder(
     snapshot = load(home)
     assert snapshot.cascade is None
     assert len(snapshot.decide(PlaceEncoder().encode(["sport 100"]))) == 1
+
+
+# A head that is published with the revision
+
+
+def coarse_model() -> FastModel:
+    coarse = CoarseEncoder()
+    return FastModel(coarse, measure_background(coarse))
+
+
+def set_cascade(home: Path, *, wanted: bool = True) -> None:
+    with Workshop(home, PlaceEncoder(), coarse_model) as workshop:
+        workshop.publish("policy", live={}, change=PolicyChange(cascade=wanted))
+
+
+def fast_head(home: Path) -> str | None:
+    with CatalogReader(home) as catalog:
+        return catalog.fast_head(catalog.newest_revision())
+
+
+def cascade_head(snapshot: Snapshot) -> bytes:
+    assert snapshot.cascade is not None
+    return snapshot.cascade.snapshot.head.to_bytes()
+
+
+def test_a_published_head_is_that_which_a_server_would_compile_and_needs_no_texts(
+    home: Path,
+) -> None:
+    compiled = cascade_head(load(home))
+    assert fast_head(home) is None
+    set_cascade(home)
+    assert fast_head(home) == hashlib.sha256(compiled).hexdigest()
+    with CatalogReader(home) as catalog:
+        for key in catalog.live(catalog.newest_revision()):
+            artifact_file(home, catalog.record(key).texts_sha256).unlink()
+    assert cascade_head(load(home)) == compiled
+
+
+def test_a_published_head_follows_the_tasks_and_a_retired_one_leaves_no_trace(home: Path) -> None:
+    set_cascade(home)
+    before = fast_head(home)
+    with Workshop(home, PlaceEncoder(), coarse_model) as workshop:
+        rows = write_rows(home.parent / "chess.jsonl", texts_of("chess", 40))
+        request = RegisterTask("chess", rows, with_prompt=False, keep_text=True)
+        assert not register(workshop, [request], None, TuningSettings()).failures
+        with_chess = fast_head(home)
+        assert load(home).cascade is not None
+        lifecycle.retire(workshop, "chess")
+    assert with_chess not in (None, before)
+    assert fast_head(home) == before
+
+
+@pytest.mark.parametrize("damage", ["flipped", "pruned", "of another encoder"])
+def test_a_head_that_cannot_be_used_is_compiled_again(home: Path, damage: str) -> None:
+    compiled = cascade_head(load(home))
+    set_cascade(home)
+    digest = fast_head(home)
+    assert digest is not None
+    file = ArtifactReader(home / HEADS_FOLDER).path(digest)
+    if damage == "flipped":
+        flip_byte(file)
+    if damage == "pruned":
+        file.unlink()
+    if damage == "of another encoder":
+        CoarseEncoder.made_as, made_as = "coarse:2", CoarseEncoder.made_as
+        try:
+            assert b"coarse:2" in cascade_head(load(home))
+        finally:
+            CoarseEncoder.made_as = made_as
+    assert cascade_head(load(home)) == compiled
+
+
+def test_a_task_without_texts_is_refused_where_there_is_to_be_a_cascade(home: Path) -> None:
+    set_cascade(home)
+    rows = write_rows(home.parent / "late.jsonl", texts_of("late", 40))
+    request = RegisterTask("late", rows, with_prompt=False)
+    with Workshop(home, PlaceEncoder(), coarse_model) as workshop:
+        before = workshop.catalog.newest_revision()
+        with pytest.raises(InvalidInputError, match=r"no texts of late.*--no-cascade"):
+            register(workshop, [request], None, TuningSettings())
+        assert workshop.catalog.newest_revision() == before
+        workshop.publish("policy", live={}, change=PolicyChange(cascade=False))
+        assert not register(workshop, [request], None, TuningSettings()).failures
+    assert fast_head(home) is None
+
+
+def test_a_catalog_of_the_fast_encoder_has_no_cascade(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    rows = write_rows(tmp_path / "sport.jsonl", texts_of("sport", 40))
+    request = RegisterTask("sport", rows, with_prompt=False, keep_text=True)
+    with Workshop(home, CoarseEncoder(), coarse_model) as workshop:
+        assert not register(workshop, [request], None, TuningSettings()).failures
+        with pytest.raises(InvalidInputError, match="all is decided fast"):
+            workshop.publish("policy", live={}, change=PolicyChange(cascade=True))
+
+
+def test_heads_that_only_old_revisions_use_are_removed(home: Path) -> None:
+    set_cascade(home)
+    old = fast_head(home)
+    assert old is not None
+    with Workshop(home, PlaceEncoder(), coarse_model) as workshop:
+        lifecycle.retire(workshop, "music")
+        for number in range(1, workshop_module._KEPT_HEADS + 1):
+            assert ArtifactReader(home / HEADS_FOLDER).path(old).exists() == (
+                number < workshop_module._KEPT_HEADS
+            )
+            rate = 0.05 + number / 1000
+            workshop.publish("policy", live={}, change=PolicyChange(false_reject_rate=rate))
+    assert load(home).cascade is not None
 
 
 @pytest.mark.parametrize(

@@ -249,6 +249,21 @@ def test_a_refused_task_alone_publishes_nothing_and_can_be_forced(
     ]
 
 
+@pytest.mark.parametrize("name", ["a-copy", "z-copy"])
+@pytest.mark.parametrize("start", [0, 500], ids=["the same rows", "other rows"])
+def test_a_near_duplicate_is_named_whichever_name_sorts_first(
+    workshop: Workshop, tmp_path: Path, name: str, start: int
+) -> None:
+    publish(workshop, "weather", "sport")
+    rows = write_rows(tmp_path / "copy.jsonl", texts_of("weather", 20, start))
+    request = RegisterTask(name, rows, with_prompt=False)
+    result = register(workshop, [request], None, TuningSettings(), gate_limit=1.0)
+    assert result.published is not None
+    assert result.published.gate is not None
+    weather = TaskKey("weather", 1)
+    assert result.published.gate.near_duplicates == ((TaskKey(name, 1), weather),)
+
+
 def test_a_higher_limit_lets_it_pass(workshop: Workshop, tmp_path: Path) -> None:
     publish(workshop, "weather", "sport")
     result = register(workshop, [thief(tmp_path)], None, TuningSettings(), gate_limit=1.0)

@@ -18,10 +18,12 @@ from router.fitting import fit_nearest_mean
 from router.head import Head
 from router.sampling import sampled_rows
 from router.statistics import FOLDS, PooledMoments, TaskStatistics
-from router.tasks import Policy
+from router.tasks import Policy, TaskKey
 from tests.catalogs import new_workshop, random_task, texts_of, wide_background, write_rows
 from trainer import lifecycle
+from trainer.admission import Registered
 from trainer.commands import RegisterTask
+from trainer.gate import InterferenceError
 from trainer.register import register
 from trainer.tuning_settings import TuningSettings
 from trainer.workshop import Workshop
@@ -83,9 +85,9 @@ def task_sets(draw: st.DrawFn) -> list[TaskStatistics]:
 def test_rows_are_of_fold_0_as_many_of_each_task_and_as_many_as_were_asked_for() -> None:
     chosen = sampled_rows(some_tasks(20, rows=100), 20)
     assert chosen is not None
-    assert sum(map(len, chosen)) == SAMPLED
-    assert {len(rows) for rows in chosen} == {3}
-    assert all((rows % FOLDS == 0).all() for rows in chosen)
+    assert len(chosen.row) == SAMPLED
+    assert np.bincount(chosen.task, minlength=20).tolist() == [3] * 20
+    assert (chosen.row % FOLDS == 0).all()
 
 
 def test_where_there_are_more_tasks_than_rows_to_score_a_new_one_moves_one_other() -> None:
@@ -93,9 +95,8 @@ def test_where_there_are_more_tasks_than_rows_to_score_a_new_one_moves_one_other
     before, after = sampled_rows(tasks[:-1], 1), sampled_rows(tasks, 1)
     assert before is not None
     assert after is not None
-    assert sum(map(len, before)) == sum(map(len, after)) == SAMPLED
-    moved = sum(len(a) != len(b) for a, b in zip(before, after, strict=False))
-    assert moved <= 1
+    assert len(before.task) == len(after.task) == SAMPLED
+    assert len(set(before.task) - set(after.task)) <= 1
 
 
 def test_all_rows_are_scored_of_a_catalog_that_is_not_large(
@@ -181,11 +182,12 @@ def test_a_chosen_row_is_scored_by_means_without_the_chosen_rows(rows: tuple[int
     with cross_fitting(pool) as fitting:
         _, folds = fitting.fit_sample(lambda _: fit_nearest_mean, chosen)
         found = fitting.score(folds, (1.0,))
+    rows_of = [chosen.row[chosen.task == number] for number in range(len(tasks))]
     means = [
-        np.delete(task.vectors, mine, 0).sum(0) for task, mine in zip(tasks, chosen, strict=True)
+        np.delete(task.vectors, mine, 0).sum(0) for task, mine in zip(tasks, rows_of, strict=True)
     ]
     place = 0
-    for number, (task, mine) in enumerate(zip(tasks, chosen, strict=True)):
+    for number, (task, mine) in enumerate(zip(tasks, rows_of, strict=True)):
         for row in mine:
             cosines = [
                 task.vectors[row] @ mean / np.linalg.norm(mean) if mean.any() else -np.inf
@@ -211,7 +213,7 @@ def test_changed_decisions_are_counted_among_rows_that_both_heads_scored() -> No
 # In a catalog
 
 
-def register_places(workshop: Workshop, folder: Path, **places: list[str]) -> object:
+def register_places(workshop: Workshop, folder: Path, **places: list[str]) -> Registered:
     requests = [
         RegisterTask(name, write_rows(folder / f"{name}.jsonl", texts), with_prompt=False)
         for name, texts in places.items()
@@ -222,15 +224,34 @@ def register_places(workshop: Workshop, folder: Path, **places: list[str]) -> ob
 def test_the_gate_names_whom_a_new_task_takes_rows_from(tmp_path: Path) -> None:
     with new_workshop(tmp_path / "home") as workshop:
         places = {f"place{n}": texts_of(f"place{n}", 30) for n in range(12)}
-        assert not register_places(workshop, tmp_path, **places).failures  # type: ignore[attr-defined]
+        assert not register_places(workshop, tmp_path, **places).failures
         copy = register_places(workshop, tmp_path, copy=texts_of("place3", 60, start=30))
-        [error] = copy.failures.values()  # type: ignore[attr-defined]
+        [error] = copy.failures.values()
         assert "place3@1" in str(error)
         fine = register_places(workshop, tmp_path, elsewhere=texts_of("elsewhere", 30))
-        assert not fine.failures  # type: ignore[attr-defined]
-        gate = fine.published.gate  # type: ignore[attr-defined]
+        assert not fine.failures
+        assert fine.published is not None
+        gate = fine.published.gate
+        assert gate is not None
         assert gate.taken == ()
         assert gate.accuracy_after > 0.9
+
+
+@pytest.mark.parametrize("name", ["a-copy", "z-copy"])
+def test_the_gate_knows_a_task_of_which_no_row_is_in_the_sample(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "LEAST_SAMPLED_ROWS", 2)
+    with new_workshop(tmp_path / "home") as workshop:
+        places = {f"place{n}": texts_of(f"place{n}", 30) for n in range(8)}
+        assert not register_places(workshop, tmp_path, **places).failures
+        for number in range(8):
+            copy = {name: texts_of(f"place{number}", 60, start=30)}
+            [error] = register_places(workshop, tmp_path, **copy).failures.values()
+            assert isinstance(error, InterferenceError)
+            assert error.report.near_duplicates == (
+                (TaskKey(name, 1), TaskKey(f"place{number}", 1)),
+            )
 
 
 def test_the_head_after_retiring_is_that_of_before(tmp_path: Path) -> None:

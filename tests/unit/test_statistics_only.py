@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from router import sampling
 from router.catalog import CatalogReader
 from router.compiling import HEAD_KINDS, compile_head
 from router.decision import Outcome
@@ -146,6 +147,45 @@ def test_fresh_rows_go_to_their_tasks_and_what_is_far_is_rejected(kind: str, sha
     assert np.mean([d is None for d in decided]) < 0.25
     far = -fresh
     assert np.mean([d is None for d in decide(head, far)]) > 0.5
+
+
+def test_tasks_that_keep_rows_are_one_centroid_too_while_others_have_no_more() -> None:
+    rng = np.random.default_rng(4)
+    several = [
+        random_task(f"task-{n}", rng, rows=40, dimension=DIMENSION, clusters=3) for n in range(3)
+    ]
+    assert len(compiled(several, "lda").rows) == 9
+    one_each = [replace(task, clusters=task.clusters * 0) for task in several]
+    for kind in HEAD_KINDS:
+        mixed = compiled([sums_only(several[0]), *several[1:]], kind)
+        assert len(mixed.rows) == 3
+        expected = compiled([sums_only(several[0]), *one_each[1:]], kind)
+        assert mixed.to_bytes() == expected.to_bytes()
+
+
+def test_a_sampled_catalog_with_such_a_task_is_one_centroid_a_task_as_well(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sampling, "MOST_PAIRS", 0)
+    rng = np.random.default_rng(5)
+    several = [
+        random_task(f"task-{n}", rng, rows=40, dimension=DIMENSION, clusters=3) for n in range(4)
+    ]
+    one_each = [replace(task, clusters=task.clusters * 0) for task in several]
+    mixed = compiled([sums_only(several[0]), *several[1:]])
+    assert mixed.to_bytes() == compiled([sums_only(several[0]), *one_each[1:]]).to_bytes()
+
+
+@pytest.mark.parametrize("rows", [5, 40])
+def test_a_nearest_mean_threshold_is_that_of_a_mean_that_does_not_know_the_row(rows: int) -> None:
+    [task] = some_tasks(1, rows=rows)
+    vectors = task.vectors.astype(np.float64)
+    without = (vectors.sum(0) - vectors) / (rows - 1)
+    cosines = (vectors * without).sum(1) / np.linalg.norm(without, axis=1)
+    # At half, the threshold is that of a row whose cosine to the mean is the mean of them all.
+    threshold = compiled([sums_only(task)], "nearest-mean", rate=0.5).thresholds[0]
+    assert threshold == pytest.approx(np.mean(cosines), abs=0.01)
+    assert threshold < np.linalg.norm(vectors.mean(0)) - 1e-3
 
 
 def decide(head: Head, vectors: np.ndarray) -> list[TaskKey | None]:

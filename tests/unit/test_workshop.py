@@ -227,7 +227,7 @@ def test_what_was_not_published_is_forgotten(workshop: Workshop, home: Path) -> 
 class FullDisk(workshop_module.ArtifactWriter):
     """Nothing can be written here."""
 
-    def write(self, content: bytes) -> str:
+    def write(self, *content: bytes | memoryview) -> str:
         raise StorageError("artifact folder", "No space left on device", "free disk space")
 
 

@@ -75,6 +75,14 @@ def set_policy(
         float | None,
         typer.Option(help="Share of a task's own inputs that may be called ambiguous."),
     ] = None,
+    cascade: Annotated[
+        bool | None,
+        typer.Option(
+            "--cascade/--no-cascade",
+            help="Publish a head of the encoder `fast` with every revision, for `serve --cascade`. "
+            "All tasks must keep their texts (register --keep-text).",
+        ),
+    ] = None,
     home: Home = None,
     encoder: EncoderName = DEFAULT_ENCODER,
     as_json: AsJson = False,
@@ -94,6 +102,7 @@ def set_policy(
             on_unknown=(
                 None if on_unknown is None else RejectionPolicy.parse(on_unknown, "--on-unknown")
             ),
+            cascade=cascade,
         )
         if change == PolicyChange():
             raise InvalidInputError("policy", "no change", "name what to set, see --help")
