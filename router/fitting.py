@@ -29,6 +29,8 @@ RealArray = NDArray[np.floating[Any]]
 
 _PRIOR_ROWS = 15.0
 _SHORTEST = 1e-12
+# What of a matrix is mirrored at a time, so that it stays in the processor's cache.
+_MIRRORED_ROWS = 128
 _PIECE_ROWS = 256
 
 
@@ -218,9 +220,11 @@ def _sub_centroids(moments: Moments, task_means: ExactArray, piece: slice) -> Ex
 def _within_covariance(moments: Moments, means: ExactArray, counts: ExactArray) -> ExactArray:
     """The pooled covariance `[D, D]` of rows around their task's mean."""
     weighted = means * np.sqrt(counts)[:, None]
-    scatter = moments.gram / FIXED_POINT**2 - weighted.T @ weighted
+    scatter = moments.gram / FIXED_POINT**2
+    scatter -= weighted.T @ weighted
     # Each task's mean takes one degree of freedom off its scatter.
-    return np.asarray(scatter / max(counts.sum() - len(counts), 1.0))
+    scatter /= max(counts.sum() - len(counts), 1.0)
+    return scatter
 
 
 def _discriminant(centered: RealArray, precision: RealArray) -> RealArray:
@@ -235,13 +239,18 @@ def _discriminant(centered: RealArray, precision: RealArray) -> RealArray:
 def _background_covariance(moments: Moments, background: Background) -> ExactArray:
     """The covariance of text in general: half what the tasks' rows say, half the background's."""
     mean = _mean(moments)
-    overall = moments.gram / moments.counts.sum() / FIXED_POINT**2 - np.outer(mean, mean)
+    overall = moments.gram / moments.counts.sum()
+    overall /= FIXED_POINT**2
+    overall -= np.outer(mean, mean)
+    overall += background.covariance
     gap = background.mean - mean
-    return np.asarray((overall + background.covariance + np.outer(gap, gap)) / 2)
+    overall += np.outer(gap, gap)
+    overall /= 2
+    return overall
 
 
 def _regularised(covariance: ExactArray, moments: Moments) -> ExactArray:
-    """Shrunk towards a multiple of the identity by D / (D + N).
+    """Shrunk, in its place, towards a multiple of the identity by D / (D + N).
 
     Half where there are as many rows as dimensions, little where there are many.
     """
@@ -249,22 +258,33 @@ def _regularised(covariance: ExactArray, moments: Moments) -> ExactArray:
     shrinkage = dimension / (dimension + moments.counts.sum())
     # The floor keeps a set of identical texts invertible.
     level = max(float(np.trace(covariance)) / dimension, 1e-9)
-    shrunk = np.asarray((1 - shrinkage) * covariance)
-    shrunk[np.diag_indices_from(shrunk)] += shrinkage * level
-    return shrunk
+    covariance *= 1 - shrinkage
+    covariance[np.diag_indices_from(covariance)] += shrinkage * level
+    return covariance
 
 
 def _inverse(matrix: RealArray) -> RealArray:
-    """The inverse of a positive definite matrix, by Cholesky, in the matrix's precision."""
+    """The inverse of a positive definite matrix, by Cholesky, in the matrix's place and precision.
+
+    `matrix` is in the order of C.
+    """
     potrf, potri = lapack.get_lapack_funcs(("potrf", "potri"), (matrix,))
     # A symmetric matrix is its own transpose, and LAPACK counts rows and columns the other way.
-    factor, failed = potrf(matrix.T, lower=True)
+    factor, failed = potrf(matrix.T, lower=True, overwrite_a=True)
     inverse, _ = potri(factor, lower=True, overwrite_c=True)
     if failed:
         raise np.linalg.LinAlgError("covariance is not positive definite")
-    lower = np.tril(inverse)
-    lower += np.tril(lower, -1).T
-    return np.asarray(lower)
+    return _mirrored(np.asarray(inverse.T))
+
+
+def _mirrored(upper: RealArray) -> RealArray:
+    """A symmetric matrix, in place, of which what is above the diagonal is there."""
+    for start in range(0, len(upper), _MIRRORED_ROWS):
+        end = start + _MIRRORED_ROWS
+        block = upper[start:end, start:end]
+        block[:] = np.triu(block) + np.triu(block, 1).T
+        upper[end:, start:end] = upper[start:end, end:].T
+    return upper
 
 
 def _unit(vectors: RealArray) -> RealArray:
