@@ -1,4 +1,4 @@
-"""Scores every stored row with a head that was fitted without it: ten fits, each without a fold.
+"""Scores every stored row with a head that was fitted without it: five fits, each without a fold.
 
 What calibration needs of them is one number or a few per row, so that nothing of the size of rows
 times tasks is ever held. The folds are worked on side by side, one thread each.
