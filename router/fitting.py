@@ -239,7 +239,7 @@ def _discriminant(centered: RealArray, precision: RealArray) -> RealArray:
 def _background_covariance(moments: Moments, background: Background) -> ExactArray:
     """The covariance of text in general: half what the tasks' rows say, half the background's."""
     mean = _mean(moments)
-    overall = moments.gram / moments.counts.sum()
+    overall: ExactArray = moments.gram / moments.counts.sum()
     overall /= FIXED_POINT**2
     overall -= np.outer(mean, mean)
     overall += background.covariance

@@ -67,7 +67,7 @@ def set_policy(
             "best-scoring one) or fallback:TASK. The decision stays unknown.",
         ),
     ] = None,
-    head: Annotated[str | None, typer.Option(help="The head: lda or nearest-mean.")] = None,
+    head: Annotated[str | None, typer.Option(help="The head: auto, lda or nearest-mean.")] = None,
     false_reject_rate: Annotated[
         float | None, typer.Option(help="Share of a task's own inputs that may be called unknown.")
     ] = None,
