@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import replace
 
 import grpc
@@ -197,17 +196,10 @@ def test_the_catalog_has_a_health_of_its_own(serving: Serving) -> None:
     states = health_pb2.HealthCheckResponse
     assert health(serving, "promptyard.catalog") == states.SERVING
     serving.live.problem = "revision 4 is damaged"
-    wait_for(lambda: health(serving, "promptyard.catalog") == states.NOT_SERVING)
+    wait_until(lambda: health(serving, "promptyard.catalog") == states.NOT_SERVING)
     assert health(serving, "") == states.SERVING  # the last good revision goes on being served
     serving.live.problem = ""
-    wait_for(lambda: health(serving, "promptyard.catalog") == states.SERVING)
-
-
-def wait_for(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: health(serving, "promptyard.catalog") == states.SERVING)
 
 
 def test_reflection_lists_the_services_and_describes_their_methods(serving: Serving) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,6 +18,7 @@ from router.errors import InvalidInputError
 from router.prometheus import PrometheusMetrics, metrics_port, serving
 from router.rejection import OnUnknown, RejectionPolicy
 from router.routing import Router
+from tests.calls import wait_until
 from tests.fakes import (
     FakeEncoder,
     FakeLanguageModel,
@@ -91,14 +91,6 @@ def scrape(metrics: PrometheusMetrics) -> Iterator[Scrape]:
         yield value
 
 
-def until(holds: Callable[[], bool]) -> None:
-    """A call is counted when it ends, which its caller may know a little earlier."""
-    deadline = time.monotonic() + 10
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_calls_are_counted_by_method_and_status(client: RouterClient, scrape: Scrape) -> None:
     for text in ("weather", "a story", "tax law"):
         client.route(text)
@@ -106,7 +98,7 @@ def test_calls_are_counted_by_method_and_status(client: RouterClient, scrape: Sc
         client.route("")
     with pytest.raises(RouterError):
         client.get_task("none")
-    until(lambda: scrape("promptyard_calls_total") == 5)
+    wait_until(lambda: scrape("promptyard_calls_total") == 5)
     assert scrape("promptyard_calls_total", method="Route", code="OK") == 3
     assert scrape("promptyard_calls_total", method="Route", code="INVALID_ARGUMENT") == 1
     assert scrape("promptyard_calls_total", method="GetTask", code="NOT_FOUND") == 1
@@ -189,10 +181,10 @@ def test_the_queues_are_told_while_texts_wait(
     encoder.blocked.clear()
     waiting = threading.Thread(target=client.batch_route, args=(["weather"] * 7,))
     waiting.start()
-    until(lambda: scrape("promptyard_queued_items", queue="routing") == 7)
+    wait_until(lambda: scrape("promptyard_queued_items", queue="routing") == 7)
     encoder.blocked.set()
     waiting.join(10)
-    until(lambda: scrape("promptyard_queued_items", queue="routing") == 0)
+    wait_until(lambda: scrape("promptyard_queued_items", queue="routing") == 0)
     assert scrape("promptyard_queued_items", queue="scoring") == 0
     assert scrape("promptyard_queued_items", queue="generating") == 0
 
@@ -206,7 +198,7 @@ def test_a_caller_who_leaves_is_counted_as_cancelled(
         pytest.raises(RouterError, match="DEADLINE_EXCEEDED"),
     ):
         impatient.route("weather")
-    until(lambda: scrape("promptyard_calls_total", method="Route", code="CANCELLED") == 1)
+    wait_until(lambda: scrape("promptyard_calls_total", method="Route", code="CANCELLED") == 1)
 
 
 def test_no_text_of_a_caller_is_in_the_metrics(
