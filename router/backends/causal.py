@@ -40,7 +40,7 @@ class CausalLanguageModel(TorchLanguageModel):
             before = (self.end_id,)  # an empty text must still be one token long
         return before, after
 
-    def tokenize_output(self, text: str) -> tuple[int, ...]:
+    def _tokenize_output(self, text: str) -> tuple[int, ...]:
         return (*self.plain_ids([text])[0], self.end_id)
 
     @cached_property

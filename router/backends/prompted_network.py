@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import ClassVar, Self, cast
 
 import torch
@@ -28,6 +29,8 @@ from router.templates import FilledTemplate
 
 # Bounds the memory for prompts of served tasks, as the network reads them.
 _MAX_PROMPT_BYTES = 256 * 2**20
+# Outputs whose tokens are kept.
+_MAX_OUTPUTS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,13 +156,21 @@ class PromptedNetwork(ABC):
     def _affixes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Token ids that stand before and after every text."""
 
-    @abstractmethod
     def tokenize_output(self, text: str) -> tuple[int, ...]:
         """The tokens that the model should write for `text`, the end token last.
 
         Raises:
             InvalidInputError: more tokens than the model can write.
         """
+        return self._output_tokens(text)
+
+    @cached_property
+    def _output_tokens(self) -> Callable[[str], tuple[int, ...]]:
+        """`_tokenize_output`, of which many are kept: labels come with every row."""
+        return lru_cache(_MAX_OUTPUTS)(self._tokenize_output)
+
+    @abstractmethod
+    def _tokenize_output(self, text: str) -> tuple[int, ...]: ...
 
     def copy_for_gradients(self, precision: str = "auto") -> Self:
         """The model to compute gradients with, in `float32` or `bfloat16`; this one if it is that.

@@ -46,7 +46,7 @@ class Seq2SeqLanguageModel(TorchLanguageModel):
             )
         return int(start)
 
-    def tokenize_output(self, text: str) -> tuple[int, ...]:
+    def _tokenize_output(self, text: str) -> tuple[int, ...]:
         encoded = self.tokenizer(text_target=text, verbose=False)["input_ids"]
         ids = [int(token) for token in encoded]
         # BERT's tokenizer opens with [CLS], which is what our decoder starts from anyway; BART's

@@ -20,10 +20,10 @@ from router.backends.text_pieces import Detokenizer, RowWriter
 from router.interfaces import FloatArray, Generation, PromptedInput, Scores
 
 # Bound memory: positions that one forward pass may hold, and logits (64 M floats are 256 MB).
-_MAX_BATCH_POSITIONS = 8192
+_MAX_BATCH_POSITIONS = {"cpu": 8192, "cuda": 65_536}
 _MAX_LOGITS = 64_000_000
 # Padding that costs more than one more forward pass.
-_MAX_BATCH_PADDING = 1024
+_MAX_BATCH_PADDING = {"cpu": 1024, "cuda": 16_384}
 
 
 class TorchLanguageModel(PromptedNetwork):
@@ -98,7 +98,8 @@ class TorchLanguageModel(PromptedNetwork):
         """`score` for rows and outputs that are token ids already: any number, in batches."""
         scores: list[FloatArray] = [np.zeros(0, np.float32) for _ in rows]
         lengths = [len(row) for row in rows]
-        for batch in batches(lengths, _MAX_BATCH_POSITIONS, _MAX_BATCH_PADDING):
+        kind = "cpu" if self.device.type == "cpu" else "cuda"
+        for batch in batches(lengths, _MAX_BATCH_POSITIONS[kind], _MAX_BATCH_PADDING[kind]):
             found = self._score_batch([rows[i] for i in batch], [candidates[i] for i in batch])
             for i, values in zip(batch, found, strict=True):
                 scores[i] = values

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from router.backends.language_model import load_language_model
 from router.backends.rows import Row, batches
 from router.backends.text_pieces import Detokenizer
-from router.backends.torch_model import TorchLanguageModel
+from router.backends.torch_model import _MAX_BATCH_POSITIONS, TorchLanguageModel
 from router.errors import IncompatibleModelError, InvalidInputError
 from router.interfaces import FloatArray, PromptedInput, Scores
 from tests.unit.small_models import KINDS, save_small_model
@@ -133,7 +133,7 @@ def test_scoring_in_chunks_changes_nothing(
     rows = mixed_batch(model)
     whole = model.score(rows, LABELS)
     monkeypatch.setattr("router.backends.torch_model._MAX_LOGITS", 1)
-    monkeypatch.setattr("router.backends.torch_model._MAX_BATCH_POSITIONS", 30)
+    monkeypatch.setitem(_MAX_BATCH_POSITIONS, "cpu", 30)
     for expected, found in zip(whole, model.score(rows, LABELS), strict=True):
         assert_scored_alike(found, expected)
 
