@@ -13,6 +13,7 @@ from router.decision import Decision
 from router.tasks import PromptMethod, TaskKey
 
 FloatArray = NDArray[np.float32]
+HalfArray = NDArray[np.float16]
 
 FinishReason = Literal["stop", "length", "label"]
 
@@ -62,21 +63,21 @@ class PromptedLearner(Protocol):
     """An encoder's frozen network for gradients through encoder prompts: torch tensors."""
 
     def start(self, text: str, length: int) -> Any:  # noqa: ANN401 - a torch tensor
-        """A prompt `[P, W]` to start from: what the network is given for a text, repeated.
+        """A prompt `[P, W]` to start from: what the network makes of a text, repeated.
 
         Raises:
             InvalidInputError: a text without words.
         """
 
-    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts, cut to what a step can take."""
+    def read(self, texts: Sequence[str]) -> list[Any]:
+        """Of each text, what no prompt changes, cut to what a step can take."""
 
     def embed(
         self,
-        ids: Sequence[Sequence[int]],
+        read: Sequence[Any],
         prompt: Any,  # noqa: ANN401 - a torch tensor
     ) -> Any:  # noqa: ANN401 - a torch tensor
-        """Unit vectors `[B, H]` of texts under `prompt`, differentiable in it."""
+        """Unit vectors `[B, H]` of texts that were `read`, under `prompt`; differentiable in it."""
 
 
 @runtime_checkable
@@ -87,7 +88,7 @@ class PromptedEncoder(Protocol):
     def prompt_width(self) -> int:
         """W, the numbers of each virtual token of an encoder prompt."""
 
-    def encode_prompted(self, texts: Sequence[str], prompts: Sequence[FloatArray]) -> FloatArray:
+    def encode_prompted(self, texts: Sequence[str], prompts: Sequence[HalfArray]) -> FloatArray:
         """Embed each text under its encoder prompt `[P, W]` to unit vectors `[B, D]`.
 
         A row's vector does not depend on the other rows of its batch (up to float32 rounding);

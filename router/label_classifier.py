@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from router.interfaces import FloatArray, PromptedEncoder
+from router.interfaces import FloatArray, HalfArray, PromptedEncoder
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,7 +43,7 @@ class LabelClassifier:
 
     rows: FloatArray
     prompt_weight: float
-    encoder_prompt: FloatArray | None = None
+    encoder_prompt: HalfArray | None = None
 
     def evidence(self, vector: FloatArray) -> LabelEvidence:
         """What this says of an input with the embedding `[D]`, under the prompt if it has one."""

@@ -27,7 +27,7 @@ from router.errors import (
     TaskOutOfServiceError,
 )
 from router.head import Head, empty_head
-from router.interfaces import FloatArray
+from router.interfaces import FloatArray, HalfArray
 from router.label_classifier import LabelClassifier
 from router.rejection import RejectionPolicy
 from router.snapshot import Challenger, Snapshot
@@ -360,17 +360,14 @@ def read_classifier(
         raise CorruptArtifactError(
             f"label classifier of {record.key}", f"{len(rows)} labels", "register the task again"
         )
-    prompt = None
+    prompt: HalfArray | None = None
     if about.encoder_prompt_tokens:
-        prompt = artifacts.read_tensor(about.sha256, ENCODER_PROMPT_TENSOR, np.float32)
+        read = artifacts.read_tensor(about.sha256, ENCODER_PROMPT_TENSOR, np.float16)
+        prompt = cast("HalfArray", read)
         if len(prompt) != about.encoder_prompt_tokens:
             raise CorruptArtifactError(
                 f"encoder prompt of {record.key}",
                 f"{len(prompt)} tokens",
                 "register the task again",
             )
-    return LabelClassifier(
-        cast("FloatArray", rows),
-        about.prompt_weight,
-        None if prompt is None else cast("FloatArray", prompt),
-    )
+    return LabelClassifier(cast("FloatArray", rows), about.prompt_weight, prompt)

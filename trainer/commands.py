@@ -28,7 +28,8 @@ class RegisterTask:
     taken instead of tuning one. `metric` is what answers are scored by (`trainer.answer_metrics`);
     empty: what suits the outputs. `template` is stored with the task (`router.templates`).
     `with_classifier`: fit a label classifier beside the prompt, where the outputs are a closed set;
-    `encoder_prompt`: of embeddings under an encoder prompt, which is tuned for that.
+    `encoder_prompt`: of embeddings under an encoder prompt, which is tuned for that; None: where
+    the encoder takes one.
     `challenger` is a share (`10%`) or `shadow`, with `revise`: the next revision is tried beside
     the current one (`router.challengers`). `keep_text` stores inputs and outputs in the home, so
     that another encoder can embed them (`trainer.switching`). `statistics_only` stores
@@ -49,7 +50,7 @@ class RegisterTask:
     metric: str = ""
     template: str = ""
     with_classifier: bool = True
-    encoder_prompt: bool = False
+    encoder_prompt: bool | None = None
     challenger: str = ""
     keep_text: bool = False
     statistics_only: bool = False

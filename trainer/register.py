@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 
 import numpy as np
+from numpy.typing import NDArray
 
 from router.challengers import Challenge
 from router.errors import InvalidInputError, PromptyardError, RefusedError, shorten
@@ -422,7 +423,7 @@ class _Classifiers:
         fitted = fit_classifier(vectors, outputs, task.outputs, self._prompting(task))
         if fitted is None:
             return None
-        tensors = {CLASSIFIER_TENSOR: fitted.rows}
+        tensors: dict[str, NDArray[np.generic]] = {CLASSIFIER_TENSOR: fitted.rows}
         tokens = 0
         if fitted.encoder_prompt is not None:
             tensors[ENCODER_PROMPT_TENSOR] = fitted.encoder_prompt
@@ -435,7 +436,7 @@ class _Classifiers:
         )
 
     def _prompting(self, task: Prepared) -> TaskPrompting | None:
-        if self._encoder is None or task.outputs is None or not task.request.encoder_prompt:
+        if self._encoder is None or task.outputs is None or task.request.encoder_prompt is False:
             return None
         number = {output: n for n, output in enumerate(task.outputs)}
         job = EncoderPromptJob(

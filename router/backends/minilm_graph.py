@@ -27,6 +27,9 @@ LAYERS = 6
 HEADS = 12
 HIDDEN = 384
 WORDS = "embeddings.word_embeddings.weight"
+# The first layers read every text alike; an encoder prompt stands in those after them.
+UNPROMPTED_LAYERS = 2
+PROMPT_WIDTH = 2 * HIDDEN * (LAYERS - UNPROMPTED_LAYERS)
 
 _FUSED = "com.microsoft"
 _EPSILON = 1e-12
@@ -47,7 +50,12 @@ class StoredTensor:
 
 
 def build_minilm_graph(
-    weights: Weights, words: StoredTensor, layers: Sequence[int], int8: bool
+    weights: Weights,
+    words: StoredTensor,
+    layers: Sequence[int],
+    *,
+    int8: bool,
+    prompted: bool = False,
 ) -> bytes:
     """A serialised ONNX model.
 
@@ -56,20 +64,24 @@ def build_minilm_graph(
         words: the largest of them, `WORDS`, which the model refers to instead of holding it.
         layers: the layers to pool, 0 (embeddings) to 6, in the order of concatenation.
         int8: int8 matrix products instead of float32 ones.
+        prompted: read every text under an encoder prompt.
 
-    Inputs of the graph: `ids` `[B, T]` int32; `prompts` `[B, P, 384]` float32, the encoder prompts
-    in front of the embedded tokens (P may be 0); `lengths` `[B]` int32 (positions before the
-    padding, of prompt and tokens); `averaging` `[B, 1, P + T]` float32 (1/tokens on tokens, 0 on
-    prompt and padding). Output: `embedding` `[B, len(layers) * 384]` float32.
+    Inputs of the graph: `ids` `[B, T]` int32; `lengths` `[B]` int32 (tokens before the padding);
+    `averaging` `[B, 1, T]` float32 (1/tokens on tokens, 0 on padding); and where it is `prompted`,
+    `prompts` `[B, P, PROMPT_WIDTH]` float32, of which each virtual token holds the keys and the
+    values of every layer after the `UNPROMPTED_LAYERS`, layer by layer, keys before values; and
+    `prompted_lengths` `[B]` int32, P more than `lengths`. Output: `embedding`
+    `[B, len(layers) * 384]` float32.
     """
     graph = _Graph(weights, int8)
-    hidden = graph.prompted(graph.embeddings(words))
+    hidden = graph.embeddings(words)
     states = [hidden]
+    prefixes = graph.prefixes() if prompted else {}
     for layer in range(max(layers)):
-        hidden = graph.layer(layer, hidden)
+        hidden = graph.layer(layer, hidden, prefixes.get(layer))
         states.append(hidden)
     graph.pool([states[layer] for layer in layers])
-    return graph.model(HIDDEN * len(layers)).SerializeToString()
+    return graph.model(HIDDEN * len(layers), prompted).SerializeToString()
 
 
 class _Graph:
@@ -103,26 +115,34 @@ class _Graph:
             epsilon=_EPSILON,
         )
 
-    def prompted(self, embedded: str) -> str:
-        """The encoder prompts, and the embedded tokens behind them.
+    def prefixes(self) -> dict[int, tuple[str, str]]:
+        """By layer, the keys and the values `[B, P, 384]` that the encoder prompts hold for it."""
+        layers = range(UNPROMPTED_LAYERS, LAYERS)
+        parts = [f"prompt.{layer}.{part}" for layer in layers for part in ("key", "value")]
+        self._add("Split", ["prompts"], "prompt", outputs=parts, axis=-1, num_outputs=len(parts))
+        return dict(zip(layers, zip(parts[::2], parts[1::2], strict=True), strict=True))
 
-        Positions are in the tokens' embeddings already, and attention knows no others: a prompt
-        changes no token's own embedding.
-        """
-        return self._add("Concat", ["prompts", embedded], "prompted", axis=1)
-
-    def layer(self, number: int, hidden: str) -> str:
-        """One post-norm transformer layer."""
+    def layer(self, number: int, hidden: str, prefix_states: tuple[str, str] | None = None) -> str:
+        """One post-norm transformer layer, whose tokens attend to those keys and values too."""
         prefix = f"encoder.layer.{number}."
         stacked = [f"{prefix}attention.self.{part}" for part in ("query", "key", "value")]
         weight = np.concatenate([self._weights[f"{part}.weight"] for part in stacked])
         bias = np.concatenate([self._weights[f"{part}.bias"] for part in stacked])
         product = self._product(hidden, weight, f"{prefix}qkv")
         parts = [f"{prefix}{part}" for part in "qkv"]
+        added = self._constant(f"{prefix}qkv.bias", bias)
+        lengths = "lengths"
+        if prefix_states is not None:  # to which no bias is added
+            product = self._add("Add", [product, added], f"{prefix}qkv.biased")
         self._add("Split", [product], parts[0], outputs=parts, axis=-1, num_outputs=3)
+        if prefix_states is not None:
+            added, lengths = "", "prompted_lengths"
+            for place, states in enumerate(prefix_states, start=1):
+                joined = f"{parts[place]}.prompted"
+                parts[place] = self._add("Concat", [states, parts[place]], joined, axis=1)
         attended = self._add(
             "MultiHeadAttention",
-            [*parts, self._constant(f"{prefix}qkv.bias", bias), "lengths"],
+            [*parts, added, lengths],
             f"{prefix}attended",
             domain=_FUSED,
             num_heads=HEADS,
@@ -147,18 +167,23 @@ class _Graph:
         joined = self._add("Concat", pooled, "joined", axis=-1)
         self._add("Mul", [joined, "unit"], "embedding")
 
-    def model(self, width: int) -> ModelProto:
+    def model(self, width: int, prompted: bool) -> ModelProto:
         """The finished model."""
         value = helper.make_tensor_value_info
+        inputs = [
+            value("ids", TensorProto.INT32, ["batch", "tokens"]),
+            value("lengths", TensorProto.INT32, ["batch"]),
+            value("averaging", TensorProto.FLOAT, ["batch", 1, "tokens"]),
+        ]
+        if prompted:
+            inputs += [
+                value("prompts", TensorProto.FLOAT, ["batch", "prompt", PROMPT_WIDTH]),
+                value("prompted_lengths", TensorProto.INT32, ["batch"]),
+            ]
         graph = helper.make_graph(
             self._nodes,
             "all-MiniLM-L6-v2",
-            [
-                value("ids", TensorProto.INT32, ["batch", "tokens"]),
-                value("prompts", TensorProto.FLOAT, ["batch", "prompt", HIDDEN]),
-                value("lengths", TensorProto.INT32, ["batch"]),
-                value("averaging", TensorProto.FLOAT, ["batch", 1, "positions"]),
-            ],
+            inputs,
             [value("embedding", TensorProto.FLOAT, ["batch", width])],
             self._tensors,
         )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,9 +17,15 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
-from router.backends.minilm_graph import HIDDEN, WORDS, StoredTensor, build_minilm_graph
+from router.backends.minilm_graph import (
+    HIDDEN,
+    PROMPT_WIDTH,
+    WORDS,
+    StoredTensor,
+    build_minilm_graph,
+)
 from router.errors import IncompatibleModelError
-from router.interfaces import Embeddings, FloatArray
+from router.interfaces import Embeddings, FloatArray, HalfArray
 
 if TYPE_CHECKING:
     from router.backends.prompted_minilm import MiniLMLearner
@@ -52,17 +59,33 @@ class OnnxMiniLM:
         Raises:
             IncompatibleModelError: the installed weights are not the published ones.
         """
-        folder = model_folder()
-        weights = (folder / WEIGHTS_FILE).resolve()
+        self._folder = model_folder()
+        weights = self._weights_file()
         with weights.open("rb") as opened, mmap(opened.fileno(), 0, access=ACCESS_READ) as content:
             check_weights(content)
-        self._tokenizer = load_tokenizer(folder, WINDOW_TOKENS)
+        self._tokenizer = load_tokenizer(self._folder, WINDOW_TOKENS)
+        self._precision = precision
+        self._threads = threads
+        self._session = self._start(prompted=False)
+        self._prompted_session: onnxruntime.InferenceSession | None = None
+        self._starting = Lock()
+
+    def _weights_file(self) -> Path:
+        return (self._folder / WEIGHTS_FILE).resolve()
+
+    def _start(self, *, prompted: bool) -> onnxruntime.InferenceSession:
+        weights = self._weights_file()
         with safe_open(weights, framework="numpy") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys() if name != WORDS}  # noqa: SIM118 - it is no mapping
-        words = _stored_words(weights)
-        graph = build_minilm_graph(tensors, words, POOLED_LAYERS, int8=precision == "int8")
+        graph = build_minilm_graph(
+            tensors,
+            _stored_words(weights),
+            POOLED_LAYERS,
+            int8=self._precision == "int8",
+            prompted=prompted,
+        )
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
         # Threads spin between the operators of a run, which saves a third of a short run's time,
         # and stop when it ends, so that the server has the cores between two runs.
@@ -70,10 +93,14 @@ class OnnxMiniLM:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(weights.parent)
         )
-        self._session = onnxruntime.InferenceSession(
-            graph, options, providers=["CPUExecutionProvider"]
-        )
-        self._precision = precision
+        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+    def _reading_prompts(self) -> onnxruntime.InferenceSession:
+        """Reads texts under encoder prompts. Made for the first one: many servers have none."""
+        with self._starting:
+            if self._prompted_session is None:
+                self._prompted_session = self._start(prompted=True)
+            return self._prompted_session
 
     @property
     def name(self) -> str:
@@ -111,22 +138,23 @@ class OnnxMiniLM:
         truncated = np.array([bool(encoding.overflowing) for encoding in encodings], np.bool_)
         vectors = np.zeros((len(texts), self.dimension), np.float32)
         for chosen in batches_by_length(lengths, MAX_BATCH_TOKENS):
-            no_prompts = np.zeros((len(chosen), 0, HIDDEN), np.float32)
-            vectors[chosen] = self._run([ids[i] for i in chosen], no_prompts)
+            inputs = _laid_out([ids[i] for i in chosen])
+            vectors[chosen] = self._session.run(None, inputs)[0]
         return Embeddings(vectors, truncated)
 
     @property
     def prompt_width(self) -> int:
-        """384."""
-        return HIDDEN
+        """3072: keys and values of four layers."""
+        return PROMPT_WIDTH
 
-    def encode_prompted(self, texts: Sequence[str], prompts: Sequence[FloatArray]) -> FloatArray:
-        """Embed `texts` `[B]` under their encoder prompts `[P, 384]` to unit vectors `[B, 1152]`.
+    def encode_prompted(self, texts: Sequence[str], prompts: Sequence[HalfArray]) -> FloatArray:
+        """Embed `texts` `[B]` under their encoder prompts `[P, W]` to unit vectors `[B, 1152]`.
 
         Raises:
             IncompatibleModelError: a prompt is of another width.
         """
-        check_encoder_prompts(prompts, HIDDEN)
+        check_encoder_prompts(prompts)
+        session = self._reading_prompts()
         encodings = self._tokenizer.encode_batch(list(texts))
         vectors = np.zeros((len(texts), self.dimension), np.float32)
         tokens = np.array([len(encoding.ids) for encoding in encodings], np.int32)
@@ -135,32 +163,26 @@ class OnnxMiniLM:
             rows = np.flatnonzero(sizes == size)
             for chosen in batches_by_length(tokens[rows] + size, MAX_BATCH_TOKENS):
                 places = rows[chosen]
-                vectors[places] = self._run(
-                    [encodings[i].ids for i in places], np.stack([prompts[i] for i in places])
-                )
+                inputs = _laid_out([encodings[i].ids for i in places])
+                inputs["prompts"] = np.stack([prompts[i] for i in places]).astype(np.float32)
+                inputs["prompted_lengths"] = tokens[places] + size
+                vectors[places] = session.run(None, inputs)[0]
         return vectors
 
     def for_gradients(self) -> MiniLMLearner:
         """The same network on torch, to tune encoder prompts with."""
         return learner()
 
-    def _run(self, ids: Sequence[Sequence[int]], prompts: FloatArray) -> FloatArray:
-        """Embed token ids of B texts, behind prompts `[B, P, 384]`."""
-        lengths = np.array([len(tokens) for tokens in ids], np.int32)
-        size = prompts.shape[1]
-        padded = np.zeros((len(ids), int(lengths.max())), np.int32)
-        averaging = np.zeros((len(ids), 1, size + padded.shape[1]), np.float32)
-        for row, tokens in enumerate(ids):
-            padded[row, : len(tokens)] = tokens
-            averaging[row, 0, size : size + len(tokens)] = 1.0 / len(tokens)
-        inputs = {
-            "ids": padded,
-            "prompts": prompts,
-            "lengths": lengths + np.int32(size),
-            "averaging": averaging,
-        }
-        vectors: FloatArray = self._session.run(None, inputs)[0]
-        return vectors
+
+def _laid_out(ids: Sequence[Sequence[int]]) -> dict[str, NDArray[np.generic]]:
+    """Token ids of B texts as inputs of the graph, padded on the right."""
+    lengths = np.array([len(tokens) for tokens in ids], np.int32)
+    padded = np.zeros((len(ids), int(lengths.max())), np.int32)
+    averaging = np.zeros((len(ids), 1, padded.shape[1]), np.float32)
+    for row, tokens in enumerate(ids):
+        padded[row, : len(tokens)] = tokens
+        averaging[row, 0, : len(tokens)] = 1.0 / len(tokens)
+    return {"ids": padded, "lengths": lengths, "averaging": averaging}
 
 
 def model_folder() -> Path:
@@ -202,18 +224,18 @@ def learner() -> MiniLMLearner:
     return MiniLMLearner(folder, load_tokenizer(folder, TUNED_TOKENS), POOLED_LAYERS[-1])
 
 
-def check_encoder_prompts(prompts: Sequence[FloatArray], width: int) -> None:
-    """Refuse prompts that are not `[P, width]`.
+def check_encoder_prompts(prompts: Sequence[HalfArray]) -> None:
+    """Refuse prompts that are not `[P, PROMPT_WIDTH]`.
 
     Raises:
         IncompatibleModelError: one is not.
     """
     for prompt in prompts:
-        if prompt.ndim != 2 or prompt.shape[1] != width:
+        if prompt.ndim != 2 or prompt.shape[1] != PROMPT_WIDTH:
             raise IncompatibleModelError(
                 "encoder prompt",
                 f"shape {prompt.shape}",
-                f"{NAME} takes vectors of {width} numbers",
+                f"{NAME} takes vectors of {PROMPT_WIDTH} numbers",
             )
 
 

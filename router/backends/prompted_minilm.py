@@ -12,7 +12,10 @@ from torch import Tensor
 from transformers import BertModel
 
 from router.backends.checkpoint import cpu_multiplies_bfloat16
+from router.backends.minilm_graph import HEADS, HIDDEN, UNPROMPTED_LAYERS
 from router.errors import InvalidInputError
+
+_READ_ROWS = 32
 
 
 def pooled_states(
@@ -24,73 +27,137 @@ def pooled_states(
 ) -> list[Tensor]:
     """The unit mean state of each text at each of the `layers`, `[B, H]`, float32.
 
-    `tokens` and `mask` `[B, T]` are padded on the right; `prompts` `[B, P, H]` stand in front of
-    the embedded tokens, have no positions, and are left out of the means. Differentiable in them.
+    `tokens` and `mask` `[B, T]` are padded on the right; `prompts` `[B, P, W]` hold keys and values
+    for the layers after the `UNPROMPTED_LAYERS`. Differentiable in them.
     """
-    embedded = model.embeddings(input_ids=tokens)
-    hidden = torch.cat([prompts.to(embedded.dtype), embedded], dim=1)
+    states = _unprompted(model, tokens, mask)
+    states += _prompted(model, states[-1], mask, prompts, max(layers))
+    return [_pooled(states[layer], mask) for layer in layers]
+
+
+def _unprompted(
+    model: Any,  # noqa: ANN401 - as above
+    tokens: Tensor,
+    mask: Tensor,
+) -> list[Tensor]:
+    """States `[B, T, H]` of the embedded tokens and of the layers that know no prompts."""
+    states = [model.embeddings(input_ids=tokens)]
+    for layer in model.encoder.layer[:UNPROMPTED_LAYERS]:
+        states.append(_through(layer, states[-1], mask))
+    return states
+
+
+def _prompted(
+    model: Any,  # noqa: ANN401 - as above
+    hidden: Tensor,
+    mask: Tensor,
+    prompts: Tensor,
+    last: int,
+) -> list[Tensor]:
+    """States `[B, T, H]` of the layers from there on to `last`, whose tokens attend to prompts."""
     seen = torch.cat([mask.new_ones(prompts.shape[:2]), mask], dim=1)
-    hidden_from = torch.finfo(hidden.dtype).min
-    attention = ((1 - seen[:, None, None]).to(hidden.dtype) * hidden_from).expand(
-        -1, 1, seen.shape[1], -1
+    parts = torch.split(prompts.to(hidden.dtype), HIDDEN, dim=2)
+    states = []
+    for number, layer in enumerate(model.encoder.layer[UNPROMPTED_LAYERS:last]):
+        hidden = _through(layer, hidden, seen, parts[2 * number], parts[2 * number + 1])
+        states.append(hidden)
+    return states
+
+
+def _through(
+    layer: Any,  # noqa: ANN401 - a layer of BERT
+    hidden: Tensor,
+    seen: Tensor,
+    more_keys: Tensor | None = None,
+    more_values: Tensor | None = None,
+) -> Tensor:
+    """What a layer makes of states `[B, T, H]` that attend to those keys and values, and to `seen`.
+
+    `seen` `[B, P + T]`. Attention is written in plain products: on processors, torch's fused kernel
+    is slow in the backward pass.
+    """
+    attention = layer.attention.self
+    keys, values = attention.key(hidden), attention.value(hidden)
+    if more_keys is not None and more_values is not None:
+        keys, values = torch.cat([more_keys, keys], 1), torch.cat([more_values, values], 1)
+    queries, keys, values = (
+        each.unflatten(2, (HEADS, -1)).transpose(1, 2)
+        for each in (attention.query(hidden), keys, values)
     )
-    states = [hidden]
-    for layer in model.encoder.layer[: max(layers)]:
-        found = layer(states[-1], attention)
-        states.append(found[0] if isinstance(found, tuple) else found)
-    size = prompts.shape[1]
+    scores = queries @ keys.transpose(2, 3) * queries.shape[3] ** -0.5
+    scores = scores.masked_fill(seen[:, None, None] == 0, torch.finfo(scores.dtype).min)
+    attended = (scores.softmax(3) @ values).transpose(1, 2).flatten(2)
+    joined = layer.attention.output(attended, hidden)
+    found: Tensor = layer.output(layer.intermediate(joined), joined)
+    return found
+
+
+def _pooled(states: Tensor, mask: Tensor) -> Tensor:
     weights = mask[:, :, None]
-    return [
-        torch.nn.functional.normalize(
-            (states[layer][:, size:].float() * weights).sum(1) / weights.sum(1), dim=-1
-        )
-        for layer in layers
-    ]
+    mean = (states.float() * weights).sum(1) / weights.sum(1)
+    return torch.nn.functional.normalize(mean, dim=-1)
 
 
 class MiniLMLearner:
     """The embedded encoder for gradients: a `router.interfaces.PromptedLearner`.
 
-    On the processor, in bfloat16 where that multiplies it itself, with attention in plain products,
-    for which torch's fused kernel is slow.
+    On the processor, in bfloat16 where that multiplies it itself.
     """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, layer: int) -> None:
         """Load the weights of a model folder. `layer` is the one whose states are averaged."""
         self.network = BertModel.from_pretrained(
-            folder,
-            dtype=torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32,
-            attn_implementation="eager",
+            folder, dtype=torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32
         )
         self.network.requires_grad_(False).train(False)
         self._tokenizer = tokenizer
         self._layer = layer
 
     def start(self, text: str, length: int) -> Tensor:
-        """The embedded tokens of a text, without positions, repeated up to `length`: `[P, W]`."""
+        """The keys and values that the layers compute for a text, repeated up to `length`.
+
+        Its tokens are given no positions: with them, tuning fits few rows faster, and worse.
+        """
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         if not ids:
             raise InvalidInputError("start of an encoder prompt", repr(text), "give a text")
         repeated = torch.tensor((ids * length)[:length])
-        embeddings = self.network.embeddings
+        mask = torch.ones(1, length, dtype=torch.int64)
+        embeddings: Any = self.network.embeddings
+        layers: Any = self.network.encoder.layer
+        parts = []
         with torch.no_grad():
-            words = embeddings.word_embeddings(repeated)
             kinds = embeddings.token_type_embeddings.weight[0]
-            start: Tensor = embeddings.LayerNorm(words + kinds)
-        return start.float()
+            hidden = embeddings.LayerNorm(embeddings.word_embeddings(repeated) + kinds)[None]
+            for number, layer in enumerate(layers[: self._layer]):
+                if number >= UNPROMPTED_LAYERS:
+                    attention = layer.attention.self
+                    parts += [attention.key(hidden), attention.value(hidden)]
+                hidden = _through(layer, hidden, mask)
+        return torch.cat(parts, dim=2)[0].float()
 
-    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts, cut to what a step can take."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
-
-    def embed(self, ids: Sequence[Sequence[int]], prompt: Tensor) -> Tensor:
-        """The unit mean states `[B, H]` of texts under `prompt`, differentiable in it."""
-        longest = max(map(len, ids))
-        tokens = torch.zeros(len(ids), longest, dtype=torch.int64)
-        mask = torch.zeros_like(tokens)
-        for row, of_text in enumerate(ids):
-            tokens[row, : len(of_text)] = torch.tensor(of_text)
-            mask[row, : len(of_text)] = 1
-        prompts = prompt.expand(len(ids), -1, -1)
-        [states] = pooled_states(self.network, tokens, mask, prompts, [self._layer])
+    def read(self, texts: Sequence[str]) -> list[Tensor]:
+        """What the layers that know no prompts make of texts: `[T, H]` each."""
+        ids = [torch.tensor(encoding.ids) for encoding in self._tokenizer.encode_batch(list(texts))]
+        states: list[Tensor] = []
+        for first in range(0, len(ids), _READ_ROWS):
+            rows = ids[first : first + _READ_ROWS]
+            tokens, mask = _padded(rows)
+            with torch.no_grad():
+                read = _unprompted(self.network, tokens, mask)[-1]
+            states += [read[row, : len(tokens)] for row, tokens in enumerate(rows)]
         return states
+
+    def embed(self, read: Sequence[Tensor], prompt: Tensor) -> Tensor:
+        """The unit mean states `[B, H]` of texts under `prompt`, differentiable in it."""
+        hidden, mask = _padded(read)
+        prompts = prompt.expand(len(read), -1, -1)
+        states = _prompted(self.network, hidden, mask, prompts, self._layer)
+        return _pooled(states[-1], mask)
+
+
+def _padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Rows of several lengths as one tensor, and where there is one: `[B, T, ...]`, `[B, T]`."""
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True), mask.long()

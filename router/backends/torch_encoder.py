@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import snapshot_download
 from sentence_transformers import SentenceTransformer
 
-from router.backends.minilm_graph import HIDDEN
+from router.backends.minilm_graph import PROMPT_WIDTH
 from router.backends.onnx_encoder import (
     MAX_BATCH_TOKENS,
     NAME,
@@ -27,7 +27,7 @@ from router.backends.onnx_encoder import (
 )
 from router.backends.prompted_minilm import MiniLMLearner, pooled_states
 from router.errors import IncompatibleModelError, InvalidInputError
-from router.interfaces import Embeddings, FloatArray
+from router.interfaces import Embeddings, FloatArray, HalfArray
 
 
 class TorchEncoder:
@@ -163,20 +163,20 @@ class TorchMiniLM(TorchEncoder):
 
     @property
     def prompt_width(self) -> int:
-        """384."""
-        return HIDDEN
+        """3072: keys and values of four layers."""
+        return PROMPT_WIDTH
 
     def for_gradients(self) -> MiniLMLearner:
         """The same network, to tune encoder prompts with."""
         return learner()
 
-    def encode_prompted(self, texts: Sequence[str], prompts: Sequence[FloatArray]) -> FloatArray:
-        """Embed `texts` `[B]` under their encoder prompts `[P, 384]` to unit vectors `[B, 1152]`.
+    def encode_prompted(self, texts: Sequence[str], prompts: Sequence[HalfArray]) -> FloatArray:
+        """Embed `texts` `[B]` under their encoder prompts `[P, W]` to unit vectors `[B, 1152]`.
 
         Raises:
             IncompatibleModelError: a prompt is of another width.
         """
-        check_encoder_prompts(prompts, HIDDEN)
+        check_encoder_prompts(prompts)
         lengths = np.minimum(self._lengths(texts), self.window).astype(np.int32)
         sizes = np.array([len(prompt) for prompt in prompts], np.int32)
         vectors = np.zeros((len(texts), self.dimension), np.float32)
@@ -185,7 +185,9 @@ class TorchMiniLM(TorchEncoder):
             for chosen in batches_by_length(lengths[rows] + size, MAX_BATCH_TOKENS):
                 places = rows[chosen]
                 tokens = self._tokens([texts[i] for i in places])
-                stacked = torch.from_numpy(np.stack([prompts[i] for i in places]))
+                stacked = torch.from_numpy(
+                    np.stack([prompts[i] for i in places]).astype(np.float32)
+                )
                 with torch.inference_mode():
                     pooled = pooled_states(
                         self._transformer,

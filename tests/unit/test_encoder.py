@@ -19,6 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from router.backends.minilm_graph import PROMPT_WIDTH
 from router.backends.onnx_encoder import (
     MAX_BATCH_TOKENS,
     NAME,
@@ -34,7 +35,7 @@ from router.backends.torch_encoder import TorchEncoder, TorchMiniLM
 from router.bootstrap import load_encoder
 from router.compiling import compile_head
 from router.errors import IncompatibleModelError, InvalidInputError
-from router.interfaces import Embeddings, FloatArray
+from router.interfaces import Embeddings, HalfArray
 from router.settings import DEFAULT_ENCODER
 from router.snapshot import Snapshot
 from router.statistics import PooledMoments, TaskStatistics, to_fixed_point
@@ -117,11 +118,11 @@ def test_last_layer_features_are_those_of_the_published_model(torch_encoder: Tor
 PROMPT_LENGTHS = (20, 3, 0, 20)
 
 
-def drawn_prompts(count: int) -> list[FloatArray]:
-    """Vectors about as long as embedded tokens are, `[P, 384]`, of several lengths."""
+def drawn_prompts(count: int) -> list[HalfArray]:
+    """Keys and values about as long as those of tokens are, `[P, W]`, of several lengths."""
     draw = np.random.default_rng(5)
     sizes = [PROMPT_LENGTHS[place % len(PROMPT_LENGTHS)] for place in range(count)]
-    return [(0.6 * draw.normal(size=(size, 384))).astype(np.float32) for size in sizes]
+    return [draw.normal(size=(size, PROMPT_WIDTH)).astype(np.float16) for size in sizes]
 
 
 def test_the_backends_agree_on_texts_under_encoder_prompts(
@@ -155,8 +156,8 @@ def test_an_encoder_prompt_of_another_width_is_refused(
     encoder: OnnxMiniLM, torch_encoder: TorchMiniLM
 ) -> None:
     for each in (encoder, torch_encoder):
-        with pytest.raises(IncompatibleModelError, match="vectors of 384 numbers"):
-            each.encode_prompted(["text"], [np.zeros((20, 383), np.float32)])
+        with pytest.raises(IncompatibleModelError, match="vectors of 3072 numbers"):
+            each.encode_prompted(["text"], [np.zeros((20, 384), np.float16)])
 
 
 # A vector does not depend on batch neighbours

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from router.backends.onnx_encoder import OnnxMiniLM
-from router.interfaces import FloatArray
+from router.interfaces import FloatArray, HalfArray
 from trainer.encoder_prompts import (
     LENGTH,
     EncoderPromptJob,
@@ -52,7 +52,7 @@ def job() -> EncoderPromptJob:
 
 
 @pytest.fixture(scope="module")
-def prompt(tuner: EncoderPromptTuner, job: EncoderPromptJob) -> FloatArray:
+def prompt(tuner: EncoderPromptTuner, job: EncoderPromptJob) -> HalfArray:
     return tuner.tune(job)
 
 
@@ -65,10 +65,10 @@ def label_gap(vectors: FloatArray, labels: np.ndarray) -> float:
 
 
 def test_under_its_prompt_texts_of_one_label_come_closer_together(
-    encoder: OnnxMiniLM, job: EncoderPromptJob, prompt: FloatArray
+    encoder: OnnxMiniLM, job: EncoderPromptJob, prompt: HalfArray
 ) -> None:
-    assert prompt.shape == (LENGTH, 384)
-    assert prompt.dtype == np.float32
+    assert prompt.shape == (LENGTH, encoder.prompt_width)
+    assert prompt.dtype == np.float16
     plain = encoder.encode(job.texts).vectors[:, -384:]
     prompted = encoder.encode_prompted(job.texts, [prompt] * len(job.texts))[:, -384:]
     before, after = (label_gap(vectors * 3**0.5, job.labels) for vectors in (plain, prompted))
@@ -76,7 +76,7 @@ def test_under_its_prompt_texts_of_one_label_come_closer_together(
 
 
 def test_tuning_changes_no_weight_of_the_encoder_and_is_the_same_every_time(
-    tuner: EncoderPromptTuner, job: EncoderPromptJob, prompt: FloatArray
+    tuner: EncoderPromptTuner, job: EncoderPromptJob, prompt: HalfArray
 ) -> None:
     def digest() -> str:
         found = hashlib.sha256()

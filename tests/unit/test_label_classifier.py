@@ -13,7 +13,7 @@ import pytest
 import trainer.register
 from router.backends.onnx_encoder import OnnxMiniLM
 from router.errors import InvalidInputError
-from router.interfaces import FloatArray, PromptedLearner
+from router.interfaces import FloatArray, HalfArray, PromptedLearner
 from router.label_classifier import (
     ClassifierInput,
     LabelClassifier,
@@ -47,6 +47,7 @@ from tests.fakes import (
 )
 from tests.fakes import make_task as make_fake_task
 from trainer.commands import RegisterTask
+from trainer.encoder_prompts import LENGTH
 from trainer.label_classifier import MAX_ROWS, PROMPT_WEIGHT, fit_classifier
 from trainer.register import register
 from trainer.tuned_prompt import TunedPrompt
@@ -129,11 +130,11 @@ class SignPrompting:
         self.vectors = vectors
         self.tuned: list[list[int]] = []
 
-    def tune(self, rows: np.ndarray) -> FloatArray:
+    def tune(self, rows: np.ndarray) -> HalfArray:
         self.tuned.append(rows.tolist())
-        return np.full((2, 4), len(self.tuned), np.float32)
+        return np.full((2, 4), len(self.tuned), np.float16)
 
-    def embed(self, prompt: FloatArray, rows: np.ndarray) -> FloatArray:
+    def embed(self, prompt: HalfArray, rows: np.ndarray) -> FloatArray:
         assert prompt.shape == (2, 4)
         return self.vectors[rows]
 
@@ -277,13 +278,13 @@ def test_an_encoder_prompt_that_nothing_would_read_is_refused(
     assert workshop.catalog.newest_revision() == 0
 
 
-def test_a_task_is_registered_with_an_encoder_prompt_where_one_is_asked_for(
+def test_a_task_has_an_encoder_prompt_unless_none_is_wanted(
     workshop: Workshop, tmp_path: Path, encoder: OnnxMiniLM
 ) -> None:
     with Workshop(tmp_path / "embedded", encoder) as embedded:
         requests = [
-            RegisterTask(name, two_labels(tmp_path), encoder_prompt=name == "prompted")
-            for name in ("plain", "prompted")
+            RegisterTask(name, two_labels(tmp_path), encoder_prompt=wanted)
+            for name, wanted in (("plain", False), ("prompted", None))
         ]
         said: list[tuple[str, str]] = []
         found = register(
@@ -298,7 +299,7 @@ def test_a_task_is_registered_with_an_encoder_prompt_where_one_is_asked_for(
         assert plain.classifier is not None
         assert prompted.classifier is not None
         assert plain.classifier.encoder_prompt_tokens == 0
-        assert prompted.classifier.encoder_prompt_tokens == 20
+        assert prompted.classifier.encoder_prompt_tokens == LENGTH
         assert prompted.classifier.prompt_weight < plain.classifier.prompt_weight
         classifier = read_classifier(embedded.artifacts, prompted, encoder.dimension)
     assert ("prompted", "encoder prompt") in said
@@ -317,7 +318,7 @@ def test_an_encoder_prompt_is_stored_with_the_classifier_and_must_be_what_the_re
     record = registered(workshop, two_labels(tmp_path))
     assert record.classifier is not None
     assert "encoder_prompt" not in record.to_json()
-    prompt = np.arange(12, dtype=np.float32).reshape(3, 4)
+    prompt = np.arange(12, dtype=np.float16).reshape(3, 4)
     rows = np.zeros((2, DIMENSION + 1), np.float32)
     stored = workshop.artifacts.write_tensors(
         {CLASSIFIER_TENSOR: rows, ENCODER_PROMPT_TENSOR: prompt}
@@ -362,7 +363,7 @@ class ShoutingEncoder(FakeEncoder):
     def for_gradients(self) -> PromptedLearner:
         raise NotImplementedError
 
-    def encode_prompted(self, texts: Sequence[str], prompts: Sequence[FloatArray]) -> FloatArray:
+    def encode_prompted(self, texts: Sequence[str], prompts: Sequence[HalfArray]) -> FloatArray:
         return self.encode(
             [
                 f"number{prompt[0, 0]:.0f} {text}"
@@ -376,7 +377,7 @@ def prompted_classifier(encoder: ShoutingEncoder, number: float, label: int) -> 
     word = encoder.encode([f"number{number:.0f}"]).vectors[0]
     rows = np.zeros((3, len(word) + 1), np.float32)
     rows[label, :-1] = 100 * word
-    return LabelClassifier(rows, 0.3, np.full((2, 4), number, np.float32))
+    return LabelClassifier(rows, 0.3, np.full((2, 4), number, np.float16))
 
 
 async def test_every_text_is_read_under_the_encoder_prompt_of_its_own_task() -> None:

@@ -101,13 +101,15 @@ def register(
         ),
     ] = False,
     encoder_prompt: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--encoder-prompt",
-            help="Tune a prompt of the embedded encoder, too, by which the label classifier tells "
-            "the labels apart better. Costs one more pass of the encoder an answer.",
+            "--encoder-prompt/--no-encoder-prompt",
+            help="Whether to tune a prompt of the sentence encoder, too, by which the label "
+            "classifier tells the labels apart better. Costs one more pass of the encoder an "
+            "answer. [default: where the encoder takes one]",
+            show_default=False,
         ),
-    ] = False,
+    ] = None,
     free_text: Annotated[
         bool, typer.Option("--free-text", help="Outputs are text to generate, not a closed set.")
     ] = False,
