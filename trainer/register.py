@@ -60,7 +60,9 @@ if TYPE_CHECKING:
     from trainer.prompt_quality import LabelledRow
 
 CHECKPOINTS_FOLDER = "checkpoints"
-_EMBED_ROWS = 256
+EMBED_ROWS = 256
+"""How many texts of a task are embedded at a time."""
+
 # What the bits of a tuned prompt may depend on.
 _VERSIONED = ("promptyard", "torch", "transformers")
 
@@ -462,9 +464,9 @@ class _Classifiers:
 def embed(workshop: Workshop, name: str, texts: Sequence[str], progress: Progress) -> Embeddings:
     """Embed the texts of a task, in pieces, with progress."""
     pieces = []
-    for start in range(0, len(texts), _EMBED_ROWS):
+    for start in range(0, len(texts), EMBED_ROWS):
         progress(name, "embed", start, len(texts))
-        pieces.append(workshop.encoder.encode(texts[start : start + _EMBED_ROWS]))
+        pieces.append(workshop.encoder.encode(texts[start : start + EMBED_ROWS]))
     progress(name, "embed", len(texts), len(texts))
     return Embeddings(
         np.concatenate([piece.vectors for piece in pieces]),
