@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from router.calibrating import fit_probability
 from router.cross_fitting import CrossFitting, Fold, HeldOutScores, cross_fitting
-from router.examples import Closeness, examples_per_task, sample_examples
+from router.examples import Closeness, examples_per_task
 from router.fitting import (
     Background,
     Fitter,
@@ -113,7 +113,7 @@ def compile_head(
         else:
             whole, folds = fitting.fit_sample(for_sample, chosen)
         center = whole.center.astype(np.float32)
-        examples = sample_examples(tasks, center, background.whitening) if near else None
+        examples = fitting.examples(center, background.whitening) if near else None
         closeness = Closeness(examples, 1.0) if examples is not None else None
         weights = _Weights((1.0,))
         # A sample is in several parts, and rows enough to weigh the terms on are in one.

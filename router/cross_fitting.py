@@ -16,14 +16,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from router.examples import Closeness, best_first
-from router.fitting import Fit, Fitter, Term, combine, offset_scores, row_scores
+from router.examples import Closeness, Examples, best_first, sample_examples
+from router.fitting import Fit, Fitter, Term, combine, row_scores
 from router.head import best_row_per_task
 from router.interfaces import FloatArray
-from router.statistics import FIXED_POINT, FOLDS, ChosenRows, Moments, PooledMoments, added
+from router.quadratic_form import QuadraticForm
+from router.statistics import FIXED_POINT, FOLDS, ChosenRows, Moments, PooledMoments
 from router.threads import one_blas_thread
 
 _CHUNK_ROWS = 1024
+# Rows times tasks, about, that a thread scores at a time: closeness is quicker for many rows.
+_SCORES_AT_ONCE = 1 << 19
 # For the threads to share.
 _SAMPLE_PARTS = 2
 
@@ -98,8 +101,7 @@ class CrossFitting:
         `for_folds` makes the fitter of the folds from the moments of all rows. Tasks that keep
         statistics only are in every fit, and in no fold.
         """
-        by_fold = list(self._threads.map(self._pool.of_fold, range(FOLDS)))
-        total = added([*by_fold, self._pool.without_rows()])
+        by_fold, total = self._pool.by_fold(), self._pool.total()
         whole = self._threads.submit(fitter, total)
         # With one row in all there is nothing else to fit to.
         filled = [fold for fold in range(FOLDS) if by_fold[fold].counts.any()]
@@ -149,7 +151,7 @@ class CrossFitting:
             np.arange(places.start, places.stop),
             np.searchsorted(mine.task, np.arange(len(self._pool.tasks) + 1)),
             centered,
-            tuple(offset_scores(term.offset, centered) for term in fit.terms),
+            tuple(_offsets(term, centered) for term in fit.terms),
         )
 
     def _fold(self, number: int, fit: Fit) -> Fold:
@@ -165,8 +167,12 @@ class CrossFitting:
             np.concatenate(places),
             np.cumsum([0, *(len(rows) for rows in places)]),
             centered,
-            tuple(offset_scores(term.offset, centered) for term in fit.terms),
+            tuple(_offsets(term, centered) for term in fit.terms),
         )
+
+    def examples(self, center: FloatArray, whitening: FloatArray) -> Examples | None:
+        """Those of the tasks, as in `router.examples.sample_examples`."""
+        return sample_examples(self._pool.tasks, center, whitening, self._threads.map)
 
     def own_scores(self, folds: Sequence[Fold]) -> list[FloatArray]:
         """Per term, the scores of the rows for their own task, where that has other rows."""
@@ -217,13 +223,13 @@ class CrossFitting:
             key: rows.astype(np.float32, copy=False)
             for key, rows in zip(fits, combined, strict=True)
         }
-        # Every fold writes to the places of its own rows.
-        list(
-            self._threads.map(
-                lambda fold: _score_fold(fold, rows_of[id(fold.fit)], weights, closeness, scores),
-                folds,
-            )
-        )
+        parts = [
+            (fold, rows_of[id(fold.fit)], weights, closeness, scores, part)
+            for fold in folds
+            for part in _parts(fold)
+        ]
+        # Every part writes to the places of its own rows.
+        list(self._threads.map(lambda part: _score_part(*part), parts))
         return scores
 
 
@@ -252,6 +258,17 @@ def cross_fitting(pool: PooledMoments) -> Iterator[CrossFitting]:
     threads = ThreadPoolExecutor(min(os.cpu_count() or 1, FOLDS))
     with one_blas_thread(), threads:
         yield CrossFitting(pool, threads)
+
+
+def _offsets(term: Term, centered: FloatArray) -> FloatArray:
+    """The part of a term's scores `[B]` that is the same for all rows."""
+    offsets = np.zeros(len(centered), np.float32)
+    if term.offset is not None:
+        form = QuadraticForm(term.offset.astype(np.float32, copy=False))
+        for begin in range(0, len(centered), _CHUNK_ROWS):
+            chunk = slice(begin, begin + _CHUNK_ROWS)
+            offsets[chunk] = -form.of(centered[chunk])
+    return offsets
 
 
 def _own_scores(fold: Fold) -> list[FloatArray]:
@@ -316,35 +333,38 @@ def _best_rows(
     return best
 
 
-def _score_fold(
+def _parts(fold: Fold) -> list[slice]:
+    """The rows of a fold, in equal parts: as many, whatever the number of threads."""
+    scores = len(fold.places) * (len(fold.starts) - 1)
+    cuts = np.linspace(0, len(fold.places), -(-scores // _SCORES_AT_ONCE) + 1).astype(int)
+    return [slice(begin, end) for begin, end in itertools.pairwise(cuts.tolist())]
+
+
+def _score_part(
     fold: Fold,
     rows: FloatArray,
     weights: Sequence[float],
     closeness: Closeness | None,
     found: HeldOutScores,
+    part: slice,
 ) -> None:
     tasks, present = len(fold.starts) - 1, np.unique(fold.fit.row_task)
-    offsets = np.sum(
-        [offset * weight for offset, weight in zip(fold.offsets, weights, strict=True)], axis=0
-    )
-    own_task = fold.task
-    for begin in range(0, len(fold.places), _CHUNK_ROWS):
+    at, own_task, centered = fold.places[part], fold.task[part], fold.centered[part]
+    scores = np.full((len(at), tasks), -np.inf, np.float32)
+    columns = slice(None) if len(present) == tasks else present
+    for begin in range(0, len(at), _CHUNK_ROWS):
         chunk = slice(begin, begin + _CHUNK_ROWS)
-        at = fold.places[chunk]
-        by_task = best_row_per_task(row_scores(rows, fold.centered[chunk]), fold.fit.row_task)
-        by_task += offsets[chunk, None]
-        if len(present) == tasks:
-            scores = by_task
-        else:
-            scores = np.full((len(at), tasks), -np.inf, np.float32)
-            scores[:, present] = by_task
-        if closeness is not None:
-            closeness.add_to(scores, fold.centered_at(closeness.center, chunk), fold.number)
-        number = np.arange(len(at))
-        found.task[at] = own_task[chunk]
-        found.own[at] = scores[number, own_task[chunk]]
-        winner = scores.argmax(1)
-        found.winner[at] = winner
-        found.best[at] = scores[number, winner]
-        scores[number, winner] = -np.inf
-        found.runner_up[at] = scores.max(1)
+        by_row = row_scores(rows, centered[chunk])
+        scores[chunk, columns] = best_row_per_task(by_row, fold.fit.row_task)
+    for offsets, weight in zip(fold.offsets, weights, strict=True):
+        scores += (offsets[part] * weight)[:, None]
+    if closeness is not None:
+        closeness.add_to(scores, fold.centered_at(closeness.center, part), fold.number)
+    number = np.arange(len(at))
+    found.task[at] = own_task
+    found.own[at] = scores[number, own_task]
+    winner = scores.argmax(1)
+    found.winner[at] = winner
+    found.best[at] = scores[number, winner]
+    scores[number, winner] = -np.inf
+    found.runner_up[at] = scores.max(1)

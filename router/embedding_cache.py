@@ -20,8 +20,8 @@ _DIGEST_BYTES = 16
 class CachingEncoder:
     """An encoder that remembers; the texts that were asked for longest ago are forgotten first.
 
-    A remembered vector is the one that was computed first, bit by bit. Texts are kept as digests.
-    Thread-safe, as every `Encoder`.
+    A remembered vector is the one that was computed first, bit by bit, also where threads compute
+    it at once. Texts are kept as digests. Thread-safe, as every `Encoder`.
     """
 
     def __init__(self, encoder: Encoder, max_bytes: int, observer: Observer = UNOBSERVED) -> None:
@@ -78,7 +78,7 @@ class CachingEncoder:
             for digest, vector, truncated in zip(new, fresh.vectors, fresh.truncated, strict=True):
                 # A copy: a row would keep the vectors of its whole batch in memory.
                 found[digest] = (vector.copy(), bool(truncated))
-            self._remember({digest: found[digest] for digest in new})
+            found |= self._remember({digest: found[digest] for digest in new})
         self._observer.cache_used(hits=len(texts) - len(new), misses=len(new))
         rows = [found[digest] for digest in digests]
         return Embeddings(
@@ -88,11 +88,15 @@ class CachingEncoder:
             np.array([truncated for _, truncated in rows], np.bool_),
         )
 
-    def _remember(self, fresh: dict[bytes, tuple[FloatArray, bool]]) -> None:
+    def _remember(
+        self, fresh: dict[bytes, tuple[FloatArray, bool]]
+    ) -> dict[bytes, tuple[FloatArray, bool]]:
+        """Remember what is not known yet; returns what is remembered of these texts."""
         with self._lock:
-            self._known.update(fresh)
+            remembered = {digest: self._known.setdefault(digest, fresh[digest]) for digest in fresh}
             while len(self._known) > self.capacity:
                 self._known.popitem(last=False)
+        return remembered
 
 
 def _digest(text: str) -> bytes:

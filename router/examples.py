@@ -15,8 +15,10 @@ looks at the rows of the five tasks that are best without them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +32,8 @@ MAX_EXAMPLES_PER_TASK = 256
 LEAST_EXAMPLES_PER_TASK = 4
 SHORTLIST = 5
 NEIGHBOURS = 5
+
+ForEach = Callable[[Callable[[TaskStatistics], Any], Iterable[TaskStatistics]], Iterable[Any]]
 
 # How much of the cosine to its nearest neighbour an example gives up, and what a lone one does.
 _CROWDING = np.float32(0.25)
@@ -73,7 +77,10 @@ class Examples:
 
     def rows(self) -> FloatArray:
         """Rows `[E, D + 1]`: with `[u ; 1]`, u a whitened unit vector, the cosine plus the bias."""
-        return np.concatenate([_floats(self.vectors), self.biases[:, None]], axis=1)
+        rows = np.empty((len(self.vectors), self.vectors.shape[1] + 1), np.float32)
+        np.divide(self.vectors, np.float32(FIXED_POINT), out=rows[:, :-1])
+        rows[:, -1] = self.biases
+        return rows
 
 
 def examples_per_task(tasks: int) -> int:
@@ -83,24 +90,32 @@ def examples_per_task(tasks: int) -> int:
 
 
 def sample_examples(
-    tasks: Sequence[TaskStatistics], center: FloatArray, whitening: FloatArray
+    tasks: Sequence[TaskStatistics],
+    center: FloatArray,
+    whitening: FloatArray,
+    for_each: ForEach = map,
 ) -> Examples | None:
     """The first rows of every task, as good as drawn; None where there are too many tasks.
 
     How many depends on the number of tasks alone, so that the same tasks give the same examples.
-    Embeddings are centred at `center` `[D]` and whitened with `whitening` `[D, R]`.
+    Embeddings are centred at `center` `[D]` and whitened with `whitening` `[D, R]`. `for_each` is
+    `map`, or that of a pool of threads.
     """
     most = examples_per_task(len(tasks))
     if not most:
         return None
-    chosen = [
-        to_fixed_point(whitened(_floats(task.embeddings[:most]) - center, whitening))
-        for task in tasks
-    ]
+
+    def of_task(task: TaskStatistics) -> tuple[NDArray[np.int16], FloatArray]:
+        vectors = _floats(task.embeddings[:most])
+        vectors -= center
+        fixed = to_fixed_point(whitened(vectors, whitening))
+        return fixed, _crowding(fixed)
+
+    vectors, biases = zip(*for_each(of_task, tasks), strict=True)
     return Examples(
-        np.concatenate(chosen),
-        np.concatenate([_crowding(vectors) for vectors in chosen]),
-        np.cumsum([0, *map(len, chosen)], dtype=np.int64),
+        np.concatenate(vectors),
+        np.concatenate(biases),
+        np.cumsum([0, *map(len, vectors)], dtype=np.int64),
         center,
         whitening,
     )
@@ -149,12 +164,12 @@ class Closeness:
             return nearest.reshape(tasks.shape)
         queries = np.ones((len(centered), centered.shape[1] + 1), np.float32)
         queries[:, :-1] = whitened(centered, self._whitening)
-        places_of: dict[int, list[int]] = {}
-        for place, number in enumerate(tasks.ravel().tolist()):
-            places_of.setdefault(number, []).append(place)
-        for number, places in places_of.items():
-            rows = [place // tasks.shape[1] for place in places]
-            products = queries[rows] @ self._of_task[number].T
+        by_task = np.argsort(tasks, axis=None, kind="stable")
+        numbers = tasks.ravel()[by_task]
+        begins = np.flatnonzero(np.diff(numbers, prepend=-1)).tolist()
+        for begin, end in itertools.pairwise([*begins, len(numbers)]):
+            places = by_task[begin:end]
+            products = queries[places // tasks.shape[1]] @ self._of_task[numbers[begin]].T
             usable = products.shape[1]
             if without_fold is not None:
                 out = products[:, without_fold::FOLDS]

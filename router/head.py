@@ -63,15 +63,12 @@ class Head:
 
     def queries(self, vectors: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Embeddings `[B, D]` to queries `[B, D + 1]` for the rows, and score offsets `[B]`."""
-        queries = np.ones((len(vectors), len(self.center) + 1), np.float32)
-        centered = np.subtract(vectors, self.center, out=queries[:, :-1])
-        return queries, self._offsets(centered)
+        queries = self._queries(vectors)
+        return queries, self._offsets(queries[:, :-1])
 
     def closeness(self) -> Closeness | None:
         """What the examples add to the scores of queries; None where the head has none."""
-        if self.examples is None:
-            return None
-        return Closeness(self.examples, self.closeness_weight)
+        return self._closeness
 
     def scores(self, vectors: FloatArray) -> FloatArray:
         """Scores `[B, K]` of every task for embeddings `[B, D]`. For evaluation, not serving."""
@@ -83,8 +80,13 @@ class Head:
 
         Of equals the first, as in the index.
         """
-        best: NDArray[np.int64] = self._scores(self.queries(vectors)[0]).argmax(1)
+        best: NDArray[np.int64] = self._scores(self._queries(vectors)).argmax(1)
         return best
+
+    def _queries(self, vectors: FloatArray) -> FloatArray:
+        queries = np.ones((len(vectors), len(self.center) + 1), np.float32)
+        np.subtract(vectors, self.center, out=queries[:, :-1])
+        return queries
 
     def _scores(self, queries: FloatArray) -> FloatArray:
         scores = best_row_per_task(queries @ self.rows.T, self.row_task)
@@ -189,6 +191,12 @@ class Head:
         if self._form is None:
             return np.zeros(len(centered), np.float32)
         return -self._form.of(centered)
+
+    @cached_property
+    def _closeness(self) -> Closeness | None:
+        if self.examples is None:
+            return None
+        return Closeness(self.examples, self.closeness_weight)
 
     @cached_property
     def _form(self) -> QuadraticForm | None:

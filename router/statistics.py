@@ -104,13 +104,10 @@ class Moments:
     def without(self, other: Moments) -> Moments:
         """These sums less those of a subset of the rows. Clusters left without rows go."""
         counts = self.counts - other.counts
-        kept = counts > 0
-        return Moments(
-            counts[kept],
-            (self.sums - other.sums)[kept],
-            self.task_of[kept],
-            self.gram - other.gram,
-        )
+        sums, task_of, kept = self.sums - other.sums, self.task_of, counts > 0
+        if not kept.all():
+            counts, sums, task_of = counts[kept], sums[kept], task_of[kept]
+        return Moments(counts, sums, task_of, self.gram - other.gram)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +142,8 @@ class PooledMoments:
         self._first = np.zeros(1, np.int64)
         self._counts = np.zeros(0)
         self._sums = OrderedRows(dimension)
+        # Counts `[FOLDS, M]` and sums `[FOLDS, M, D]` of each task, once they were asked for.
+        self._fold_sums: dict[TaskKey, tuple[ExactArray, ExactArray]] = {}
 
     @property
     def tasks(self) -> list[TaskStatistics]:
@@ -171,20 +170,21 @@ class PooledMoments:
 
     def by_fold(self) -> list[Moments]:
         """One `Moments` per fold, all with the same clusters."""
-        return [self.of_fold(fold) for fold in range(FOLDS)]
-
-    def of_fold(self, fold: int) -> Moments:
-        """The `Moments` of the rows of one fold. (Exact: the order of addition does not matter.)"""
-        tasks = self.tasks
-        cluster = np.concatenate(
-            [
-                start + task.clusters[fold::FOLDS]
-                for start, task in zip(self._first[:-1], tasks, strict=True)
-            ]
-        )
-        rows = np.concatenate([task.embeddings[fold::FOLDS] for task in tasks])
-        counts, sums = _sums_by_cluster(rows, cluster, len(self._counts))
-        return self._comparable(Moments(counts, sums, self._task_of(), self._grams[fold]))
+        for task in self.tasks:
+            if task.key not in self._fold_sums:
+                self._fold_sums[task.key] = _sums_of_folds(task)
+        of_tasks = [self._fold_sums[task.key] for task in self.tasks]
+        return [
+            self._comparable(
+                Moments(
+                    np.concatenate([counts[fold] for counts, _ in of_tasks]),
+                    np.concatenate([sums[fold] for _, sums in of_tasks]),
+                    self._task_of(),
+                    self._grams[fold],
+                )
+            )
+            for fold in range(FOLDS)
+        ]
 
     def without_rows(self) -> Moments:
         """The `Moments` of the tasks that keep statistics only: they belong to no fold."""
@@ -259,6 +259,7 @@ class PooledMoments:
         self._in_order = [task for task in self._in_order if task.key not in gone]
         for key in gone:
             del self._tasks[key]
+            self._fold_sums.pop(key, None)
 
     def _join(self, coming: Sequence[TaskStatistics]) -> None:
         """Take up tasks, which are in canonical order, at their places."""
@@ -291,6 +292,20 @@ def _sums_of_task(task: TaskStatistics) -> tuple[ExactArray, ExactArray]:
     return _sums_by_cluster(task.embeddings, task.clusters.astype(np.int64), task.cluster_count)
 
 
+def _sums_of_folds(task: TaskStatistics) -> tuple[ExactArray, ExactArray]:
+    """Exact counts `[FOLDS, M]` and sums `[FOLDS, M, D]`; none where a task keeps no rows."""
+    of_folds = [
+        _sums_by_cluster(
+            task.embeddings[fold::FOLDS],
+            task.clusters[fold::FOLDS].astype(np.int64),
+            task.cluster_count,
+        )
+        for fold in range(FOLDS)
+    ]
+    counts, sums = zip(*of_folds, strict=True)
+    return np.stack(counts), np.stack(sums)
+
+
 def _sums_by_cluster(
     rows: NDArray[np.int16], cluster: NDArray[np.int64], clusters: int
 ) -> tuple[ExactArray, ExactArray]:
@@ -315,15 +330,3 @@ def _in_chunks(parts: Sequence[NDArray[np.int16]]) -> Iterator[ExactArray]:
             waiting, count = [], 0
     if count:
         yield np.concatenate(waiting).astype(np.float64)
-
-
-def added(parts: Sequence[Moments]) -> Moments:
-    """The sum of moments that have the same clusters."""
-    total = Moments(
-        parts[0].counts.copy(), parts[0].sums.copy(), parts[0].task_of, parts[0].gram.copy()
-    )
-    for part in parts[1:]:
-        np.add(total.counts, part.counts, out=total.counts)
-        np.add(total.sums, part.sums, out=total.sums)
-        np.add(total.gram, part.gram, out=total.gram)
-    return total

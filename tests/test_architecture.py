@@ -135,6 +135,12 @@ def test_what_is_refused_at_once_needs_no_model() -> None:
     assert {"torch", "transformers", "onnxruntime", "faiss", "sklearn"}.isdisjoint(found)
 
 
+@pytest.mark.parametrize("module", ["trainer.register", "trainer.evaluate_stream"])
+def test_what_registers_tasks_without_prompts_loads_no_torch(module: str) -> None:
+    found = run_python(f"import {module}, sys; print(*sys.modules)").split()
+    assert {"torch", "transformers"}.isdisjoint(found)
+
+
 def test_serving_with_the_embedded_encoder_loads_no_torch() -> None:
     program = (
         "from router.bootstrap import load_encoder; load_encoder().encode(['a']);"

@@ -8,16 +8,17 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
 from router.artifacts import MAX_ARTIFACT_BYTES
 from router.errors import StorageError
 from trainer.artifact_writer import write_durably
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 DEFAULT_SECONDS = 60.0
 _STATE = "state"
@@ -89,6 +90,8 @@ class Checkpoints:
         """
         if self._path is None:
             return
+        from safetensors.torch import save  # here: registering without a prompt needs no torch
+
         tensors = {
             name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()
         }

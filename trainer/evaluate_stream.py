@@ -26,6 +26,7 @@ from router.threads import one_blas_thread
 from trainer import metrics
 from trainer.commands import PolicyChange, RegisterTask
 from trainer.data import Fields
+from trainer.embedding_ahead import EncoderAhead
 from trainer.evaluate_answers import (
     DEFAULT_OUTPUT_TOKENS,
     AnswerEvaluation,
@@ -55,7 +56,7 @@ from trainer.evaluation_rows import (
 )
 from trainer.metrics import StreamFigures
 from trainer.preparing import MIN_ROWS_FOR_PROMPT, MIN_ROWS_FOR_ROUTING
-from trainer.register import Progress, register
+from trainer.register import EMBED_ROWS, Progress, register
 from trainer.task_map import TaskMap, task_map
 from trainer.tuning_settings import TuningSettings
 from trainer.workshop import Published, Workshop
@@ -103,7 +104,8 @@ class Stream:
 class Registration:
     """One arrival: what it cost, and what it did.
 
-    `seconds` is the whole registration: reading, embedding, tuning and publishing. `bytes` are what
+    `seconds` is the whole registration: reading, embedding (also what was done of that while the
+    task before was registered), tuning and publishing. `bytes` are what
     the task added for good (routing rows and prompt), `head_bytes` the compiled head of all tasks.
     `changed_decisions` counts the held-out rows of older tasks that are decided differently now.
     """
@@ -221,33 +223,36 @@ def evaluate_stream(
         PromptyardError: a task could not be registered.
     """
     began = time.perf_counter()
-    embeddings = embed_texts(encoder, [row.text for row in stream.test], progress)
     registrations: list[Registration] = []
     scoring: list[Future[_Scored]] = []
     on_arrival: dict[str, AnswerFigures] = {}
-    # An arrival is scored while the next task is registered.
+    # An arrival is scored, and the texts of the next task are embedded, while a task is registered.
     with (
         one_blas_thread(),
-        Workshop(scratch / "home", encoder) as workshop,
         ThreadPoolExecutor(1) as scorer,
+        ThreadPoolExecutor(1) as embedder,
+        Workshop(scratch / "home", ahead := EncoderAhead(encoder, embedder)) as workshop,
     ):
-        for task in stream.order:
-            progress("tasks", "register", len(registrations), len(stream.order))
+        texts = [row.text for row in stream.test]
+        test = scorer.submit(embed_texts, encoder, texts, progress)
+        _announce(ahead, stream, 0)
+        for number, task in enumerate(stream.order, start=1):
+            progress("tasks", "register", number - 1, len(stream.order))
+            _announce(ahead, stream, number)
+            seconds_ahead = ahead.seconds_ahead
             registration, published = _register(
                 workshop, stream, task, scratch, base_model, settings, change, progress
             )
-            registrations.append(registration)
-            scoring.append(
-                scorer.submit(
-                    _score, published.head, stream, len(registrations), embeddings.vectors
-                )
-            )
+            seconds = registration.seconds + ahead.seconds_ahead - seconds_ahead
+            registrations.append(replace(registration, seconds=seconds))
+            scoring.append(scorer.submit(_score, published.head, stream, number, test))
             if base_model is not None and any(row.task == task for row in stream.test):
                 of_task = _answers_of_task(
-                    task, stream, embeddings, scratch, encoder, base_model, max_output_tokens
+                    task, stream, test.result(), scratch, encoder, base_model, max_output_tokens
                 )
                 on_arrival |= of_task.per_task
         progress("tasks", "register", len(registrations), len(stream.order))
+    embeddings = test.result()
     scored = [arrival.result() for arrival in scoring]
     snapshot = Snapshot.build(published.revision, published.head, {})
     decisions = decide(snapshot, stream.test, embeddings)
@@ -284,6 +289,14 @@ def evaluate_stream(
         head_sha256=digest(published.head.to_bytes()),
         seconds=time.perf_counter() - began,
     )
+
+
+def _announce(ahead: EncoderAhead, stream: Stream, number: int) -> None:
+    """Have the texts of a task embedded, as its registration will ask for them."""
+    for task in stream.order[number : number + 1]:
+        texts = list(dict.fromkeys(row.text for row in stream.train[task]))
+        for start in range(0, len(texts), EMBED_ROWS):
+            ahead.announce(texts[start : start + EMBED_ROWS])
 
 
 def _answers_of_task(
@@ -336,12 +349,13 @@ class _Scored:
     next_unknown: float
 
 
-def _score(head: Head, stream: Stream, arrived: int, vectors: FloatArray) -> _Scored:
+def _score(head: Head, stream: Stream, arrived: int, test: Future[Embeddings]) -> _Scored:
     """Score the test rows of the first `arrived` tasks before rejection.
 
     The best task is the server's; without its score, which decides about rejection, and without
     the second best, this is one matrix product.
     """
+    vectors = test.result().vectors
     number = {name: n for n, name in enumerate(stream.order)}
     truth = np.array([number.get(str(row.task), metrics.OUT_OF_SCOPE) for row in stream.test])
     counted = (truth != metrics.OUT_OF_SCOPE) & (truth < arrived)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,23 +45,25 @@ from trainer.checkpoint import DEFAULT_SECONDS, Checkpoints
 from trainer.clustering import cluster
 from trainer.commands import PolicyChange, RegisterTask
 from trainer.data import Example, summarise
-from trainer.encoder_prompts import EncoderPromptJob, EncoderPromptTuner, TaskPrompting
 from trainer.gate import DEFAULT_GATE_LIMIT, InterferenceError
-from trainer.initialisation import Start
 from trainer.label_classifier import fit_classifier
-from trainer.nearest_prompts import nearest_prompts
 from trainer.preparing import Prepared, prepare
-from trainer.prompt_import import import_prompt
-from trainer.prompt_quality import LabelledRow, Quality
 from trainer.text_keeping import keep_texts
 from trainer.tuned_prompt import TunedPrompt, TuningFailure, training_curve
-from trainer.tuning import tune
 from trainer.tuning_log import TuningLog
 from trainer.tuning_settings import TuningJob, TuningSettings
 from trainer.workshop import Published, Workshop
 
+# What tunes is imported where it is used: without a prompt, no torch is waited for.
+if TYPE_CHECKING:
+    from trainer.encoder_prompts import EncoderPromptTuner, TaskPrompting
+    from trainer.initialisation import Start
+    from trainer.prompt_quality import LabelledRow
+
 CHECKPOINTS_FOLDER = "checkpoints"
-_EMBED_ROWS = 256
+EMBED_ROWS = 256
+"""How many texts of a task are embedded at a time."""
+
 # What the bits of a tuned prompt may depend on.
 _VERSIONED = ("promptyard", "torch", "transformers")
 
@@ -209,6 +212,8 @@ def check_prompt(request: RegisterTask, tuned: TunedPrompt, metric: Metric = "ac
     Raises:
         RefusedError: it is not, and `force` gives no reason to publish it all the same.
     """
+    from trainer.prompt_quality import Quality
+
     scores = tuned.scores
     quality = Quality(scores["prompt"], -tuned.validation_loss)
     instruction = Quality(scores["instruction"], -tuned.instruction_loss)
@@ -256,6 +261,9 @@ def _tune(
         return {}
     if base_model is None:
         raise InvalidInputError("base model", "none", "give --base-model, or --no-prompt")
+    from trainer.prompt_import import import_prompt
+    from trainer.tuning import tune
+
     jobs = [tuning_job(workshop, task, base_model, configurations) for task in wanted]
     folders = {task.request.name: task.request.prompt_from for task in wanted}
     prompts = {}
@@ -318,6 +326,8 @@ def _starts(
     wanted = any(each.initialisation in ("best", "nearest") for each in configurations)
     if task.request.prompt_from is not None or not wanted:
         return ()
+    from trainer.nearest_prompts import nearest_prompts
+
     texts = [example.input for example in task.train]
     return nearest_prompts(workshop, texts, model, configurations[0].method)
 
@@ -438,6 +448,8 @@ class _Classifiers:
     def _prompting(self, task: Prepared) -> TaskPrompting | None:
         if self._encoder is None or task.outputs is None or task.request.encoder_prompt is False:
             return None
+        from trainer.encoder_prompts import EncoderPromptJob, EncoderPromptTuner, TaskPrompting
+
         number = {output: n for n, output in enumerate(task.outputs)}
         job = EncoderPromptJob(
             task.request.name,
@@ -453,9 +465,9 @@ class _Classifiers:
 def embed(workshop: Workshop, name: str, texts: Sequence[str], progress: Progress) -> Embeddings:
     """Embed the texts of a task, in pieces, with progress."""
     pieces = []
-    for start in range(0, len(texts), _EMBED_ROWS):
+    for start in range(0, len(texts), EMBED_ROWS):
         progress(name, "embed", start, len(texts))
-        pieces.append(workshop.encoder.encode(texts[start : start + _EMBED_ROWS]))
+        pieces.append(workshop.encoder.encode(texts[start : start + EMBED_ROWS]))
     progress(name, "embed", len(texts), len(texts))
     return Embeddings(
         np.concatenate([piece.vectors for piece in pieces]),

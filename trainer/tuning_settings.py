@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from router.errors import InvalidInputError
 from router.tasks import PromptMethod
@@ -19,8 +19,11 @@ from trainer.commands import (
     Reparametrisation,
     Schedule,
 )
-from trainer.initialisation import Start
-from trainer.prompt_quality import LabelledRow
+
+if TYPE_CHECKING:
+    # With torch, which a task without a prompt does not need.
+    from trainer.initialisation import Start
+    from trainer.prompt_quality import LabelledRow
 
 _CHOICES = {
     "method": PromptMethod,

@@ -51,7 +51,7 @@ def test_rows_are_scored_by_a_fit_to_the_rows_of_the_other_folds(
     place = 0
     for number, task in enumerate(tasks):
         for row, vector in enumerate(task.vectors):
-            fit = fitter(moments.total().without(moments.of_fold(row % FOLDS)))
+            fit = fitter(moments.total().without(moments.by_fold()[row % FOLDS]))
             term = combine(fit, weights)
             x = vector - fit.center
             scores = np.full(len(tasks), -np.inf)
@@ -115,3 +115,20 @@ def test_terms_without_weight_are_left_out_and_closeness_where_there_is_none() -
         fitter = lda_fitter(wide_background(DIMENSION))
         _, folds = fitting.fit(fitter, lambda _: fitter)
         assert fitting.contested(folds, (0.0, 1.0, 1.0), None, 100).terms.shape == (2, 9, 3)
+
+
+def test_scores_are_the_same_however_many_are_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(4)
+    tasks = [random_task(name, rng, rows=20, dimension=DIMENSION, clusters=2) for name in "abc"]
+    fitter, found = lda_fitter(wide_background(DIMENSION)), []
+    with cross_fitting(pooled(tasks)) as fitting:
+        _, folds = fitting.fit(fitter, lambda _: fitter)
+        for at_once in (1 << 19, 7):
+            monkeypatch.setattr("router.cross_fitting._SCORES_AT_ONCE", at_once)
+            found.append(fitting.score(folds, (0.5, 1.0, 1.0), closeness_of(tasks, 2.0)))
+    whole, in_parts = found
+    np.testing.assert_array_equal(in_parts.task, whole.task)
+    np.testing.assert_array_equal(in_parts.winner, whole.winner)
+    np.testing.assert_allclose(in_parts.best, whole.best, rtol=1e-5)
+    np.testing.assert_allclose(in_parts.own, whole.own, rtol=1e-5)
+    np.testing.assert_allclose(in_parts.runner_up, whole.runner_up, rtol=1e-5)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from router.backends.onnx_encoder import OnnxMiniLM
 from router.embedding_cache import _BYTES_BESIDE_A_VECTOR, CachingEncoder
+from router.interfaces import Embeddings
 from router.routing import Router
 from tests.fakes import (
     DIMENSION,
@@ -53,6 +56,24 @@ def test_a_text_is_encoded_once(cache: CachingEncoder, encoder: FakeEncoder) -> 
     assert encoder.batches == [["rain", "sun"], ["snow"]]
     np.testing.assert_array_equal(again.vectors[:2], first.vectors[::-1])
     assert cache.encode(["sun"]).vectors.dtype == np.float32
+
+
+def test_threads_that_embed_a_text_at_once_get_the_vector_that_is_remembered() -> None:
+    class Rounding(FakeEncoder):
+        """Gives another vector each time, as rounding in another batch may; two calls at once."""
+
+        both = threading.Barrier(2)
+
+        def encode(self, texts: Sequence[str]) -> Embeddings:
+            embeddings = super().encode(texts)
+            number = self.both.wait(10)
+            return Embeddings(embeddings.vectors + np.float32(number), embeddings.truncated)
+
+    cache = CachingEncoder(Rounding(), 1 << 20)
+    with ThreadPoolExecutor(2) as threads:
+        one, other = threads.map(cache.encode, [["rain"], ["rain", "sun"]])
+    np.testing.assert_array_equal(one.vectors[0], other.vectors[0])
+    np.testing.assert_array_equal(cache.encode(["rain"]).vectors[0], one.vectors[0])
 
 
 def test_a_text_that_comes_twice_in_a_batch_is_encoded_once(

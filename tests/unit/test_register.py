@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import trainer.register
 from router.backends.language_model import load_language_model
 from router.backends.onnx_encoder import OnnxMiniLM
 from router.catalog import CatalogReader
@@ -393,7 +392,7 @@ class Tuner:
 @pytest.fixture
 def tuner(monkeypatch: pytest.MonkeyPatch) -> Tuner:
     tuner = Tuner()
-    monkeypatch.setattr(trainer.register, "tune", tuner)
+    monkeypatch.setattr("trainer.tuning.tune", tuner)
     return tuner
 
 

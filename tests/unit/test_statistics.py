@@ -189,3 +189,14 @@ def test_a_revision_of_a_task_is_another_task() -> None:
     pool = pooled([old])
     pool.update([new])
     assert bits(pool) == bits(pooled([new]))
+
+
+def test_a_key_that_went_and_comes_with_other_rows_has_the_sums_of_those() -> None:
+    key, clusters = TaskKey("a", 1), np.zeros(6, np.int16)
+    first = TaskStatistics(key, np.full((6, DIMENSION), 5, np.int16), clusters)
+    second = TaskStatistics(key, np.full((6, DIMENSION), 9, np.int16), clusters)
+    pool = pooled([first])
+    bits(pool)
+    pool.update([])
+    pool.update([second])
+    assert bits(pool) == bits(pooled([second]))

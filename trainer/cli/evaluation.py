@@ -279,7 +279,8 @@ def stream(
             tempfile.TemporaryDirectory(prefix="promptyard-stream-") as scratch,
             progress_bars() as progress,
         ):
-            loaded, change = load_encoder(encoder), PolicyChange(head=head)
+            # Texts are embedded beside the registration of others: more threads would only spin.
+            loaded, change = load_encoder(encoder, threads=1), PolicyChange(head=head)
             source = train.name if train == test else f"{train.name} and {test.name}"
             if orders is not None:
                 found = evaluate_orders(tasks, orders, Path(scratch), loaded, change, progress)
