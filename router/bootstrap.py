@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from router.cascade import FastModel
     from router.decision_log import DecisionLog
     from router.loading import ServedModels
+    from router.snapshot import Snapshot
     from router.tenant_routers import TenantRouters
 
 _log = structlog.get_logger(__name__)
@@ -212,6 +213,14 @@ def open_routers(
             routers.close()
 
 
+def _warm_up(encoder: PromptedEncoder, snapshot: Snapshot) -> None:
+    """Read a text under some task's encoder prompt, which takes longer the first time."""
+    for task in snapshot.tasks.values():
+        if task.classifier is not None and task.classifier.encoder_prompt is not None:
+            encoder.encode_prompted(["warm up"], [task.classifier.encoder_prompt])
+            return
+
+
 @contextlib.contextmanager
 def router_over(
     models: Models,
@@ -242,6 +251,8 @@ def router_over(
         live.start()
         answerer = None
         if models.base_model is not None:
+            if models.prompted_encoder is not None:
+                _warm_up(models.prompted_encoder, live.snapshot)
             answerer = Answerer(
                 models.base_model,
                 settings.answer_batches,

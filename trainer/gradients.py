@@ -18,7 +18,7 @@ from router.errors import IncompatibleModelError
 _LEAST = 1e-6
 _MAX_POSITIONS = {"cpu": 2048, "cuda": 131_072}
 # Padding that costs less than the fixed work of one more forward and backward pass.
-_MAX_PADDING = {"cpu": 96, "cuda": 32_768}
+_MAX_PADDING = {"cpu": 96, "cuda": _MAX_POSITIONS["cuda"]}
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,12 +28,8 @@ MAX_ROWS = 4096
 _FOLDS = 5
 # With fewer rows, those that an encoder prompt would be judged by are worth more for tuning it.
 _ROWS_TO_COMPARE = 400
-# What its regression is then scaled by, from rows held out of the example tasks' training files.
-_SCALE_OF_FEW = 1.0
 # Unit vectors differ by little in each of their dimensions; an L2 penalty wants larger numbers.
 _SPREAD = 8.0
-# Under an encoder prompt they differ by more where it matters.
-_SPREAD_UNDER_PROMPT = 5.0
 _MAX_ITERATIONS = 300
 
 
@@ -95,8 +91,7 @@ def fit_classifier(
     if len(chosen) < _ROWS_TO_COMPARE:
         prompt = prompting.tune(chosen)
         vectors = prompting.embed(prompt, chosen)
-        rows = np.float32(_SCALE_OF_FEW) * _fit(vectors, truth, _SPREAD_UNDER_PROMPT)
-        return FittedClassifier(rows, fitted.accuracy, prompt)
+        return FittedClassifier(_fit(vectors, truth), fitted.accuracy, prompt)
     return _better(fitted, scale * held_out, truth, chosen, prompting)
 
 
@@ -115,13 +110,13 @@ def _better(
     out = _folds(truth, _FOLDS) == _FOLDS - 1
     prompt = prompting.tune(chosen[~out])
     vectors = prompting.embed(prompt, chosen)
-    rows = _fit(vectors[~out], truth[~out], _SPREAD_UNDER_PROMPT)
+    rows = _fit(vectors[~out], truth[~out])
     scores = vectors[out] @ rows[:, :-1].T + rows[:, -1]
     [scale] = weigh(scores[None], truth[out], (1.0,))
     if _loss(scale * scores, truth[out]) >= _loss(held_out[out], truth[out]):
         return fitted
     return FittedClassifier(
-        np.float32(scale) * _fit(vectors, truth, _SPREAD_UNDER_PROMPT),
+        np.float32(scale) * _fit(vectors, truth),
         float((scores.argmax(1) == truth[out]).mean()),
         prompt,
     )
@@ -151,18 +146,18 @@ def _folds(truth: NDArray[np.int64], folds: int) -> NDArray[np.int64]:
     return place % folds
 
 
-def _fit(vectors: FloatArray, truth: NDArray[np.int64], spread: float = _SPREAD) -> FloatArray:
+def _fit(vectors: FloatArray, truth: NDArray[np.int64]) -> FloatArray:
     """Rows `[C, D + 1]` of a classifier of rows among which every label is.
 
-    Embeddings are stretched by `spread` for the penalty to be of one kind with them.
+    Embeddings are stretched by `_SPREAD` for the penalty to be of one kind with them.
     """
     center = vectors.mean(0)
     regression = LogisticRegression(max_iter=_MAX_ITERATIONS)
     with warnings.catch_warnings():
         # Not quite converged is as good here: the scale is measured afterwards.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        regression.fit((vectors - center) * spread, truth)
-    weights, biases = regression.coef_ * spread, regression.intercept_
+        regression.fit((vectors - center) * _SPREAD, truth)
+    weights, biases = regression.coef_ * _SPREAD, regression.intercept_
     if len(weights) == 1:  # two labels have one row between them
         weights, biases = np.stack([-weights[0], weights[0]]) / 2, np.array([-1, 1]) * biases / 2
     rows = np.concatenate([weights, (biases - weights @ center)[:, None]], axis=1)
