@@ -171,7 +171,7 @@ def test_of_many_rows_the_better_embedding_is_read(plain: float, under_prompt: f
 def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workshop]:
     """A workshop in which every prompt is tuned at once."""
     monkeypatch.setattr(
-        trainer.register, "tune", lambda _model, jobs, *_: {job.name: tuned(job) for job in jobs}
+        "trainer.tuning.tune", lambda _model, jobs, *_: {job.name: tuned(job) for job in jobs}
     )
     with new_workshop(tmp_path / "home") as workshop:
         yield workshop
