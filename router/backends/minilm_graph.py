@@ -8,8 +8,8 @@ shipped, cached or converted, torch is not needed to serve, and every operator i
   quantisation takes one scale for the whole batch, so that a text's vector depends on its batch
   neighbours; with one scale per token the integer products are exact for each token by itself.
 
-Pooling: per chosen layer the mean over the tokens, L2-normalised; the layers are concatenated and
-scaled to a unit vector.
+Pooling: per chosen layer a weighted mean over the tokens, L2-normalised; the layers are
+concatenated and scaled to a unit vector.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ def build_minilm_graph(
 
     Inputs of the graph: `ids` `[B, T]` int32; `prompts` `[B, P, 384]` float32, the encoder prompts
     in front of the embedded tokens (P may be 0); `lengths` `[B]` int32 (positions before the
-    padding, of prompt and tokens); `averaging` `[B, 1, P + T]` float32 (1/tokens on tokens, 0 on
-    prompt and padding). Output: `embedding` `[B, len(layers) * 384]` float32.
+    padding, of prompt and tokens); `averaging` `[B, len(layers), P + T]` float32 (what a position
+    counts in the mean of each pooled layer: 0 on prompt and padding). Output: `embedding`
+    `[B, len(layers) * 384]` float32.
     """
     graph = _Graph(weights, int8)
     hidden = graph.prompted(graph.embeddings(words))
@@ -69,7 +70,7 @@ def build_minilm_graph(
         hidden = graph.layer(layer, hidden)
         states.append(hidden)
     graph.pool([states[layer] for layer in layers])
-    return graph.model(HIDDEN * len(layers)).SerializeToString()
+    return graph.model(len(layers)).SerializeToString()
 
 
 class _Graph:
@@ -136,19 +137,23 @@ class _Graph:
         return self._projected(activated, hidden, f"{prefix}output")
 
     def pool(self, states: Sequence[str]) -> None:
-        """Mean over tokens per state, normalised, concatenated, scaled to a unit vector."""
+        """Weighted mean over tokens per state, normalised; concatenated to a unit vector."""
         self._constant("token_axis", np.array([1], np.int64))
         self._constant("unit", np.array(len(states) ** -0.5, np.float32))
+        weights = [f"{state}.weights" for state in states]
+        self._add(
+            "Split", ["averaging"], weights[0], outputs=weights, axis=1, num_outputs=len(states)
+        )
         pooled = []
-        for state in states:
-            mean = self._add("MatMul", ["averaging", state], f"{state}.mean")
+        for state, weight in zip(states, weights, strict=True):
+            mean = self._add("MatMul", [weight, state], f"{state}.mean")
             mean = self._add("Squeeze", [mean, "token_axis"], f"{state}.flat")
             pooled.append(self._add("LpNormalization", [mean], f"{state}.unit", axis=-1, p=2))
         joined = self._add("Concat", pooled, "joined", axis=-1)
         self._add("Mul", [joined, "unit"], "embedding")
 
-    def model(self, width: int) -> ModelProto:
-        """The finished model."""
+    def model(self, pooled: int) -> ModelProto:
+        """The finished model, of so many pooled layers."""
         value = helper.make_tensor_value_info
         graph = helper.make_graph(
             self._nodes,
@@ -157,9 +162,9 @@ class _Graph:
                 value("ids", TensorProto.INT32, ["batch", "tokens"]),
                 value("prompts", TensorProto.FLOAT, ["batch", "prompt", HIDDEN]),
                 value("lengths", TensorProto.INT32, ["batch"]),
-                value("averaging", TensorProto.FLOAT, ["batch", 1, "positions"]),
+                value("averaging", TensorProto.FLOAT, ["batch", pooled, "positions"]),
             ],
-            [value("embedding", TensorProto.FLOAT, ["batch", width])],
+            [value("embedding", TensorProto.FLOAT, ["batch", HIDDEN * pooled])],
             self._tensors,
         )
         versions = [helper.make_opsetid("", 18), helper.make_opsetid(_FUSED, 1)]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime
@@ -35,10 +35,24 @@ TUNED_TOKENS = 96
 # the last layer alone, for the same forward pass. The early one, near the words themselves, adds
 # 0.2 to 1.3 points to layers 3 and 6 (training rows of four data sets, a fifth held out).
 POOLED_LAYERS = (1, 4, 6)
+# How a text begins tells formats apart (`Title:`, `sentence 1:`), and drowns in the mean of a long
+# one: in the middle layer the first tokens, [CLS] included, count for themselves as well. That took
+# a third off the errors on 15 tasks of different kinds, and changed nothing on intents (training
+# rows, a fifth held out). In the early layer it did as much for the former, at some cost to the
+# latter.
+OPENING_LAYERS = (4,)
+OPENING_TOKENS = 5
+OPENING_SHARE = 0.35
+POOLING = "mean-" + "+".join(
+    f"{layer}o" if layer in OPENING_LAYERS else f"{layer}" for layer in POOLED_LAYERS
+)
+"""How the embedded encoder pools, in its fingerprint: `o` is a layer of `OPENING_LAYERS`."""
 
 
 class OnnxMiniLM:
     """all-MiniLM-L6-v2, layers 1, 4 and 6 mean-pooled: an `Encoder` with D = 1152.
+
+    In layer 4 a text's first tokens count for more: see `token_weights`.
 
     It also reads texts under encoder prompts: a `PromptedEncoder`.
 
@@ -83,10 +97,8 @@ class OnnxMiniLM:
     @property
     def fingerprint(self) -> str:
         """Weights, pooling, window, runtime and precision."""
-        layers = "+".join(str(layer) for layer in POOLED_LAYERS)
         return (
-            f"{NAME}:{WEIGHTS_SHA256[:16]}:mean-{layers}:window-{WINDOW_TOKENS}"
-            f":onnx-{self._precision}"
+            f"{NAME}:{WEIGHTS_SHA256[:16]}:{POOLING}:window-{WINDOW_TOKENS}:onnx-{self._precision}"
         )
 
     @property
@@ -149,10 +161,10 @@ class OnnxMiniLM:
         lengths = np.array([len(tokens) for tokens in ids], np.int32)
         size = prompts.shape[1]
         padded = np.zeros((len(ids), int(lengths.max())), np.int32)
-        averaging = np.zeros((len(ids), 1, size + padded.shape[1]), np.float32)
         for row, tokens in enumerate(ids):
             padded[row, : len(tokens)] = tokens
-            averaging[row, 0, size : size + len(tokens)] = 1.0 / len(tokens)
+        averaging = np.zeros((len(ids), len(POOLED_LAYERS), size + padded.shape[1]), np.float32)
+        averaging[:, :, size:] = token_weights(lengths, padded.shape[1])
         inputs = {
             "ids": padded,
             "prompts": prompts,
@@ -161,6 +173,23 @@ class OnnxMiniLM:
         }
         vectors: FloatArray = self._session.run(None, inputs)[0]
         return vectors
+
+
+def token_weights(lengths: NDArray[np.integer[Any]], width: int) -> FloatArray:
+    """What the tokens of texts of so many tokens `[B]` count in each pooled layer `[B, L, width]`.
+
+    A text's weights sum to 1. They are even, but in `OPENING_LAYERS`, where `OPENING_SHARE` is the
+    first `OPENING_TOKENS` tokens' alone.
+    """
+    place = np.arange(width)
+    openings = np.minimum(lengths, OPENING_TOKENS)
+    even = np.where(place < lengths[:, None], np.float32(1) / lengths[:, None], 0)
+    opening = np.where(place < openings[:, None], np.float32(1) / openings[:, None], 0)
+    weights = np.empty((len(lengths), len(POOLED_LAYERS), width), np.float32)
+    for number, layer in enumerate(POOLED_LAYERS):
+        share = OPENING_SHARE if layer in OPENING_LAYERS else 0.0
+        weights[:, number] = (1 - share) * even + share * opening
+    return weights
 
 
 def model_folder() -> Path:

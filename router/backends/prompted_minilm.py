@@ -21,11 +21,13 @@ def pooled_states(
     mask: Tensor,
     prompts: Tensor,
     layers: Sequence[int],
+    weights: Tensor,
 ) -> list[Tensor]:
-    """The unit mean state of each text at each of the `layers`, `[B, H]`, float32.
+    """The unit mean state of each text at each of the L `layers`, `[B, H]`, float32.
 
     `tokens` and `mask` `[B, T]` are padded on the right; `prompts` `[B, P, H]` stand in front of
     the embedded tokens, have no positions, and are left out of the means. Differentiable in them.
+    `weights` `[B, L, T]` are what the tokens count in the means.
     """
     embedded = model.embeddings(input_ids=tokens)
     hidden = torch.cat([prompts.to(embedded.dtype), embedded], dim=1)
@@ -39,13 +41,20 @@ def pooled_states(
         found = layer(states[-1], attention)
         states.append(found[0] if isinstance(found, tuple) else found)
     size = prompts.shape[1]
-    weights = mask[:, :, None]
+    return unit_means([states[layer][:, size:] for layer in layers], weights)
+
+
+def unit_means(states: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
+    """The unit mean `[B, H]` of each of L `states` `[B, T, H]`, weighted by `[B, L, T]`."""
     return [
-        torch.nn.functional.normalize(
-            (states[layer][:, size:].float() * weights).sum(1) / weights.sum(1), dim=-1
-        )
-        for layer in layers
+        torch.nn.functional.normalize((state.float() * weight[:, :, None]).sum(1), dim=-1)
+        for state, weight in zip(states, weights.unbind(1), strict=True)
     ]
+
+
+def even_weights(mask: Tensor) -> Tensor:
+    """Weights `[B, T]` of a mean over the tokens in `mask` `[B, T]`."""
+    return mask.float() / mask.sum(1, keepdim=True)
 
 
 class MiniLMLearner:
@@ -92,5 +101,6 @@ class MiniLMLearner:
             tokens[row, : len(of_text)] = torch.tensor(of_text)
             mask[row, : len(of_text)] = 1
         prompts = prompt.expand(len(ids), -1, -1)
-        [states] = pooled_states(self.network, tokens, mask, prompts, [self._layer])
+        weights = even_weights(mask)[:, None]
+        [states] = pooled_states(self.network, tokens, mask, prompts, [self._layer], weights)
         return states
