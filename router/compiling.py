@@ -43,9 +43,11 @@ _SHRINKAGE_ROWS = 20
 # How many rows the terms are weighed on, about.
 _WEIGHED_ROWS = 4096
 # The weights that few rows change little, of terms of unit spread: the discriminant, and beside it
-# the regression or the cosine, and the closeness. Chosen on training rows, as the next number.
+# the cosine or the closeness. Chosen on training rows, as the next number. The regression counts as
+# far as held-out rows ask for it: to few rows it fits so well that its scores say nothing of others.
 _PRIOR_DISCRIMINANT = 2.0
-_PRIOR_REGRESSION = _PRIOR_COSINE = 1.0
+_PRIOR_COSINE = 1.0
+_PRIOR_REGRESSION = 0.0
 _PRIOR_CLOSENESS = 2.0
 # The covariance of text in general knows the rows of all tasks. One that knows a row makes it look
 # common, which matters until there are so many rows for each dimension: then the folds share one.
@@ -202,16 +204,14 @@ def held_out_by_task(head: Head, rows: Mapping[TaskKey, int]) -> dict[TaskKey, N
 
 def _weigh(fitting: CrossFitting, folds: Sequence[Fold], closeness: Closeness | None) -> _Weights:
     """Weights of the terms of the fits, and of the closeness."""
-    _, *spreads_of_all = (_spread(scores) for scores in fitting.own_scores(folds))
+    _, discriminant, *others = (_spread(scores) for scores in fitting.own_scores(folds))
     prior = [_PRIOR_DISCRIMINANT]
     if closeness is None:
         prior += [_PRIOR_COSINE]
-    elif len(spreads_of_all) > 1:
-        prior += [_PRIOR_REGRESSION]
+    else:
+        prior += [*(_PRIOR_REGRESSION for _ in others), _PRIOR_CLOSENESS]
     # Closeness finds no tasks: it is looked at for those that the other terms find.
-    finders = (0.0, *(one / spread for one, spread in zip(prior, spreads_of_all, strict=True)))
-    if closeness is not None:
-        prior += [_PRIOR_CLOSENESS]
+    finders = (0.0, _PRIOR_DISCRIMINANT / discriminant, *(1 / spread for spread in others))
     contested = fitting.contested(folds, finders, closeness, _WEIGHED_ROWS)
     spreads = np.array([_spread(scores) for scores in contested.own_terms])
     found = weigh(contested.terms / spreads[:, None, None], contested.own, tuple(prior))

@@ -23,8 +23,9 @@ from router.interfaces import FloatArray
 PENALTY = 0.01
 """In units of the mean variance of an embedding's dimensions."""
 
-# As many rows times tasks take about a second for each fit, with 1,152 dimensions on one core.
-_MOST_PAIRS = 1 << 21
+# Rows times tasks: a publish has six fits of about a quarter of a second each then, with 1,152
+# dimensions on one core.
+_MOST_PAIRS = 1 << 19
 # Chosen on training rows of public data sets: of 2 to 30, where held-out rows gain no more.
 _STEPS = 8
 _LONGEST_STEP = np.float32(4.0)

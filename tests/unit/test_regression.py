@@ -82,6 +82,6 @@ def test_rows_times_tasks_are_bounded_and_one_task_has_nothing_to_be_told_from()
         rows = regression_rows_per_task(tasks)
         assert rows == 0 or rows >= 4
         assert rows * tasks <= MAX_EXAMPLES
-        assert rows * tasks**2 <= 1 << 21
-    assert regression_rows_per_task(700) == 4
-    assert regression_rows_per_task(800) == 0
+        assert rows * tasks**2 <= 1 << 19
+    assert regression_rows_per_task(360) == 4
+    assert regression_rows_per_task(370) == 0
