@@ -30,7 +30,7 @@ from router.sampling import sampled_rows
 from router.statistics import ChosenRows, Moments, PooledMoments, TaskStatistics
 from router.sums_only import thresholds_without_rows
 from router.tasks import Policy, TaskKey
-from router.weighing import weigh
+from router.weighing import PENALTY, weigh
 
 HEAD_KINDS = ("auto", "lda", "nearest-mean")
 
@@ -43,11 +43,12 @@ _SHRINKAGE_ROWS = 20
 # How many rows the terms are weighed on, about.
 _WEIGHED_ROWS = 4096
 # The weights that few rows change little, of terms of unit spread: the discriminant, and beside it
-# the cosine or the closeness. Chosen on training rows, as the next number. The regression counts as
-# far as held-out rows ask for it: to few rows it fits so well that its scores say nothing of others.
+# the cosine or the closeness. Chosen on training rows, as the next numbers. The regression counts
+# where many held-out rows ask for it: few rows it fits so well that its scores say little of what
+# is out of scope.
 _PRIOR_DISCRIMINANT = 2.0
 _PRIOR_COSINE = 1.0
-_PRIOR_REGRESSION = 0.0
+_PRIOR_REGRESSION, _REGRESSION_PENALTY = 0.0, 10.0
 _PRIOR_CLOSENESS = 2.0
 # The covariance of text in general knows the rows of all tasks. One that knows a row makes it look
 # common, which matters until there are so many rows for each dimension: then the folds share one.
@@ -205,16 +206,15 @@ def held_out_by_task(head: Head, rows: Mapping[TaskKey, int]) -> dict[TaskKey, N
 def _weigh(fitting: CrossFitting, folds: Sequence[Fold], closeness: Closeness | None) -> _Weights:
     """Weights of the terms of the fits, and of the closeness."""
     _, discriminant, *others = (_spread(scores) for scores in fitting.own_scores(folds))
-    prior = [_PRIOR_DISCRIMINANT]
-    if closeness is None:
-        prior += [_PRIOR_COSINE]
-    else:
-        prior += [*(_PRIOR_REGRESSION for _ in others), _PRIOR_CLOSENESS]
+    prior, penalties = [_PRIOR_DISCRIMINANT, _PRIOR_COSINE], [PENALTY, PENALTY]
+    if closeness is not None:
+        prior = [_PRIOR_DISCRIMINANT, *(_PRIOR_REGRESSION for _ in others), _PRIOR_CLOSENESS]
+        penalties = [PENALTY, *(_REGRESSION_PENALTY for _ in others), PENALTY]
     # Closeness finds no tasks: it is looked at for those that the other terms find.
     finders = (0.0, _PRIOR_DISCRIMINANT / discriminant, *(1 / spread for spread in others))
     contested = fitting.contested(folds, finders, closeness, _WEIGHED_ROWS)
     spreads = np.array([_spread(scores) for scores in contested.own_terms])
-    found = weigh(contested.terms / spreads[:, None, None], contested.own, tuple(prior))
+    found = weigh(contested.terms / spreads[:, None, None], contested.own, prior, penalties)
     ratio = _RATIO_SHARE * max(found[0], prior[0]) / float(spreads[0])
     first, *others = (np.array(found) / spreads).tolist()
     last = [] if closeness is None else [others.pop()]
