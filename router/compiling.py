@@ -30,7 +30,7 @@ from router.sampling import sampled_rows
 from router.statistics import ChosenRows, Moments, PooledMoments, TaskStatistics
 from router.sums_only import thresholds_without_rows
 from router.tasks import Policy, TaskKey
-from router.weighing import weigh
+from router.weighing import PENALTY, weigh
 
 HEAD_KINDS = ("auto", "lda", "nearest-mean")
 
@@ -43,13 +43,18 @@ _SHRINKAGE_ROWS = 20
 # How many rows the terms are weighed on, about.
 _WEIGHED_ROWS = 4096
 # The weights that few rows change little, of terms of unit spread: the discriminant, and beside it
-# the closeness or, where there is none, the cosine. Chosen on training rows, as the next number.
-_PRIOR_WEIGHTS = (2.0, 2.0)
-_PRIOR_WITH_COSINE = (2.0, 1.0)
+# the cosine or the closeness. Chosen on training rows, as the next numbers. The regression counts
+# where many held-out rows ask for it: few rows it fits so well that its scores say little of what
+# is out of scope.
+_PRIOR_DISCRIMINANT = 2.0
+_PRIOR_COSINE = 1.0
+_PRIOR_REGRESSION, _REGRESSION_PENALTY = 0.0, 10.0
+_PRIOR_CLOSENESS = 2.0
 # The covariance of text in general knows the rows of all tasks. One that knows a row makes it look
 # common, which matters until there are so many rows for each dimension: then the folds share one.
 _ROWS_TO_SHARE = 4
-# The share of the likelihood ratio against text in general, which ranks as the discriminant does.
+# The share of the likelihood ratio against text in general, which ranks as the discriminant does:
+# of what that counts, or would count without the regression, which ranks better and rejects worse.
 _RATIO_SHARE = 0.5
 
 
@@ -110,6 +115,8 @@ def compile_head(
     with cross_fitting(pool) as fitting:
         if chosen is None:
             whole, folds = fitting.fit(fitter, for_folds)
+            if near:
+                whole, folds = fitting.with_regression(whole, folds)
         else:
             whole, folds = fitting.fit_sample(for_sample, chosen)
         center = whole.center.astype(np.float32)
@@ -197,19 +204,21 @@ def held_out_by_task(head: Head, rows: Mapping[TaskKey, int]) -> dict[TaskKey, N
 
 
 def _weigh(fitting: CrossFitting, folds: Sequence[Fold], closeness: Closeness | None) -> _Weights:
-    """Weights of the likelihood ratio, the discriminant and the closeness or the cosine."""
+    """Weights of the terms of the fits, and of the closeness."""
     _, discriminant, *others = (_spread(scores) for scores in fitting.own_scores(folds))
-    prior = _PRIOR_WITH_COSINE if closeness is None else _PRIOR_WEIGHTS
+    prior, penalties = [_PRIOR_DISCRIMINANT, _PRIOR_COSINE], [PENALTY, PENALTY]
+    if closeness is not None:
+        prior = [_PRIOR_DISCRIMINANT, *(_PRIOR_REGRESSION for _ in others), _PRIOR_CLOSENESS]
+        penalties = [PENALTY, *(_REGRESSION_PENALTY for _ in others), PENALTY]
     # Closeness finds no tasks: it is looked at for those that the other terms find.
-    finders = (0.0, prior[0] / discriminant, *(prior[1] / cosine for cosine in others))
+    finders = (0.0, _PRIOR_DISCRIMINANT / discriminant, *(1 / spread for spread in others))
     contested = fitting.contested(folds, finders, closeness, _WEIGHED_ROWS)
     spreads = np.array([_spread(scores) for scores in contested.own_terms])
-    found = weigh(contested.terms / spreads[:, None, None], contested.own, prior)
-    first, second = (np.array(found) / spreads).tolist()
-    ranking = (_RATIO_SHARE * first, (1 - _RATIO_SHARE) * first)
-    if closeness is None:
-        return _Weights((*ranking, second))
-    return _Weights(ranking, second)
+    found = weigh(contested.terms / spreads[:, None, None], contested.own, prior, penalties)
+    ratio = _RATIO_SHARE * max(found[0], prior[0]) / float(spreads[0])
+    first, *others = (np.array(found) / spreads).tolist()
+    last = [] if closeness is None else [others.pop()]
+    return _Weights((ratio, first - ratio, *others), *last)
 
 
 def _spread(scores: FloatArray) -> float:

@@ -11,16 +11,17 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from router.examples import Closeness, Examples, best_first, sample_examples
-from router.fitting import Fit, Fitter, Term, combine, row_scores
+from router.fitting import Fit, Fitter, Term, combine, row_scores, step_metric
 from router.head import best_row_per_task
 from router.interfaces import FloatArray
 from router.quadratic_form import QuadraticForm
+from router.regression import PENALTY, fit_regression, regression_rows_per_task
 from router.statistics import FIXED_POINT, FOLDS, ChosenRows, Moments, PooledMoments
 from router.threads import one_blas_thread
 
@@ -138,6 +139,50 @@ class CrossFitting:
             for begin, end in itertools.pairwise(ends[cuts].tolist())
             if begin < end
         ]
+
+    def with_regression(self, whole: Fit, folds: Sequence[Fold]) -> tuple[Fit, list[Fold]]:
+        """What `fit` returned, with one term more: a regression, where tasks are few enough.
+
+        That of a fold is fitted to rows of the other folds. How long its steps are in which
+        direction is told by the embeddings of all rows, and by the task of none.
+        """
+        tasks = self._pool.tasks
+        most = regression_rows_per_task(len(tasks))
+        if not most:
+            return whole, list(folds)
+        fixed = np.concatenate([task.embeddings[:most] for task in tasks])
+        rows_of = np.array([min(len(task.embeddings), most) for task in tasks])
+        task_of = np.repeat(np.arange(len(tasks)), rows_of)
+        fold_of = np.concatenate([np.arange(rows) % FOLDS for rows in rows_of])
+        metric = step_metric(self._pool.total(), PENALTY)
+        # Tasks of the same rows score alike: their rows would differ in rounding.
+        first: dict[bytes, int] = {}
+        alike = np.array(
+            [
+                first.setdefault(task.embeddings[:most].tobytes(), number)
+                for number, task in enumerate(tasks)
+            ]
+        )
+
+        def regression(fit: Fit, kept: NDArray[np.bool_]) -> Fit:
+            centered = fixed[kept].astype(np.float32) / np.float32(FIXED_POINT)
+            centered -= fit.center.astype(np.float32)
+            rows = fit_regression(centered, task_of[kept], len(tasks), metric)
+            return replace(fit, terms=(*fit.terms, Term(rows[alike[fit.row_task]])))
+
+        def of_fold(fold: Fold) -> Fold:
+            # As in `fit`, where there is nothing else to fit to.
+            if fold.fit is whole:
+                fit = of_all.result()
+            else:
+                fit = regression(fold.fit, fold_of != fold.number)
+            return replace(
+                fold, fit=fit, offsets=(*fold.offsets, np.zeros(len(fold.places), np.float32))
+            )
+
+        of_all = self._threads.submit(regression, whole, np.ones(len(task_of), np.bool_))
+        with_terms = list(self._threads.map(of_fold, folds))
+        return of_all.result(), with_terms
 
     def _part(self, fit: Fit, chosen: ChosenRows, places: slice) -> Fold:
         """Some of the chosen rows."""

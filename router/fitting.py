@@ -6,7 +6,8 @@ Two kinds:
 - `lda`: linear discriminant analysis over shrunken sub-centroids. Its terms are weighed and added
   up: the likelihood ratio against a broad Gaussian of text in general (a relative Mahalanobis
   distance, Ren et al. 2021, arXiv:2106.09022), the discriminant against text in general as one
-  more class, and, where no stored rows are looked at, the cosine. The first two rank the tasks
+  more class, and, where no stored rows are looked at, the cosine; where they are, a regression
+  comes to them (`router.regression`). The first two rank the tasks
   alike and err differently on what belongs to none, so that their sum rejects better than each.
 """
 
@@ -107,6 +108,22 @@ def general_precision(
     number = np.float32 if single else np.float64
     overall = _regularised(_background_covariance(moments, background), moments)
     return _inverse(overall.astype(number))
+
+
+def step_metric(moments: Moments, penalty: float) -> RealArray:
+    """The inverse `[D, D]` of the bound of a regression's curvature, in float32.
+
+    The bound is half the covariance of all rows, and `penalty` times the mean variance of an
+    embedding's dimensions on the diagonal.
+    """
+    mean = _mean(moments)
+    bound: ExactArray = moments.gram / moments.counts.sum()
+    bound /= FIXED_POINT**2
+    bound -= np.outer(mean, mean)
+    level = max(float(np.trace(bound)) / len(bound), 1e-9)
+    bound /= 2
+    bound[np.diag_indices_from(bound)] += penalty * level
+    return _inverse(bound.astype(np.float32))
 
 
 def lda_fitter(

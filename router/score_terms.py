@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from router.cross_fitting import cross_fitting
 from router.fitting import Background, Fit, Fitter, fit_nearest_mean, lda_fitter, offset_scores
 from router.head import Head
 from router.interfaces import FloatArray
@@ -25,8 +26,8 @@ TERM_NAMES = {
 }
 """The terms of each kind of head without examples, in the order of its fit."""
 
-TERMS_WITH_EXAMPLES = ("likelihood", "discriminant", "closeness")
-"""The terms of a head that looks at stored rows."""
+TERMS_WITH_EXAMPLES = ("likelihood", "discriminant", "regression", "closeness")
+"""The terms of a head that looks at stored rows; without the regression where that has none."""
 
 # Heads are stored in single precision.
 _TOLERANCE = 1e-3
@@ -69,11 +70,14 @@ def score_terms(
     pool.update(tasks)
     with one_blas_thread():
         fit = fitter(pool.total())
+        if head.examples is not None:
+            with cross_fitting(pool) as fitting:
+                fit, _ = fitting.with_regression(fit, [])
         weights = _weights(fit, head)
     if weights is None:
         return None
     return ScoreTerms(
-        TERM_NAMES[head.kind] if head.examples is None else TERMS_WITH_EXAMPLES,
+        _names(head, fit),
         tuple(
             (weight * term.rows).astype(np.float32)
             for weight, term in zip(weights, fit.terms, strict=True)
@@ -83,6 +87,13 @@ def score_terms(
             for weight, term in zip(weights, fit.terms, strict=True)
         ),
     )
+
+
+def _names(head: Head, fit: Fit) -> tuple[str, ...]:
+    if head.examples is None:
+        return TERM_NAMES[head.kind]
+    linear = TERMS_WITH_EXAMPLES[:-1][: len(fit.terms)]
+    return (*linear, TERMS_WITH_EXAMPLES[-1])
 
 
 def _weights(fit: Fit, head: Head) -> ExactArray | None:

@@ -11,29 +11,41 @@ likely as the other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 from router.interfaces import FloatArray
 from router.statistics import ExactArray
 
-_PENALTY = 0.1
+PENALTY = 0.1
+"""What usually draws a weight to its prior."""
+
 _STEPS = 50
 _LARGEST_STEP = 3.0
 
 
-def weigh(terms: FloatArray, own: NDArray[np.int64], prior: tuple[float, ...]) -> tuple[float, ...]:
+def weigh(
+    terms: FloatArray,
+    own: NDArray[np.int64],
+    prior: Sequence[float],
+    penalties: Sequence[float] | None = None,
+) -> tuple[float, ...]:
     """Weights `[J]`, none negative, for terms `[J, N, S]` of which `own` `[N]` are the right ones.
 
-    `prior` is what the weights are without rows, in the units of terms of unit spread. The same
-    input gives the same bits.
+    `prior` is what the weights are without rows, in the units of terms of unit spread; `penalties`,
+    `PENALTY` each if None, how strongly they are drawn there. The same input gives the same bits.
     """
+    drawn = np.array([PENALTY] * len(prior) if penalties is None else penalties, np.float64)
     weights = np.array(prior, np.float64)
     if terms.shape[1] == 0:
-        return prior
+        return tuple(prior)
     free = np.ones(len(weights), np.bool_)
     while free.any():
-        weights[free] = _fitted(terms[free].astype(np.float64), own, np.array(prior)[free])
+        weights[free] = _fitted(
+            terms[free].astype(np.float64), own, np.array(prior)[free], drawn[free]
+        )
         if (weights >= 0).all():
             break
         # A term that would count against a task is left out, and the others are fitted again.
@@ -42,7 +54,9 @@ def weigh(terms: FloatArray, own: NDArray[np.int64], prior: tuple[float, ...]) -
     return tuple(weights.tolist())
 
 
-def _fitted(terms: ExactArray, own: NDArray[np.int64], prior: ExactArray) -> ExactArray:
+def _fitted(
+    terms: ExactArray, own: NDArray[np.int64], prior: ExactArray, penalties: ExactArray
+) -> ExactArray:
     """The penalised maximum of the likelihood, by Newton's method: it is concave."""
     weights = prior.copy()
     right = terms[:, np.arange(len(own)), own]
@@ -51,9 +65,9 @@ def _fitted(terms: ExactArray, own: NDArray[np.int64], prior: ExactArray) -> Exa
         likely = np.exp(scores - scores.max(1, keepdims=True))
         likely /= likely.sum(1, keepdims=True)
         expected = np.einsum("jns,ns->jn", terms, likely)
-        gradient = (right - expected).sum(1) - _PENALTY * (weights - prior)
+        gradient = (right - expected).sum(1) - penalties * (weights - prior)
         spread = np.einsum("jns,kns,ns->jk", terms, terms, likely) - expected @ expected.T
-        step = np.linalg.solve(spread + _PENALTY * np.eye(len(weights)), gradient)
+        step = np.linalg.solve(spread + np.diag(penalties), gradient)
         largest = float(np.abs(step).max())
         weights += step * min(1.0, _LARGEST_STEP / max(largest, 1e-12))
         if largest < 1e-6:

@@ -8,8 +8,8 @@ shipped, cached or converted, torch is not needed to serve, and every operator i
   quantisation takes one scale for the whole batch, so that a text's vector depends on its batch
   neighbours; with one scale per token the integer products are exact for each token by itself.
 
-Pooling: per chosen layer the mean over the tokens, L2-normalised; the layers are concatenated and
-scaled to a unit vector.
+Pooling: per chosen layer a weighted mean over the tokens, L2-normalised; the layers are
+concatenated and scaled to a unit vector.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def build_minilm_graph(
         prompted: read every text under an encoder prompt.
 
     Inputs of the graph: `ids` `[B, T]` int32; `lengths` `[B]` int32 (tokens before the padding);
-    `averaging` `[B, 1, T]` float32 (1/tokens on tokens, 0 on padding); and where it is `prompted`,
+    `averaging` `[B, len(layers), T]` float32 (what a token counts in the mean of each pooled layer:
+    0 on padding); and where it is `prompted`,
     `prompts` `[B, P, PROMPT_WIDTH]` float32, of which each virtual token holds the keys and the
     values of every layer after the `UNPROMPTED_LAYERS`, layer by layer, keys before values; and
     `prompted_lengths` `[B]` int32, P more than `lengths`. Output: `embedding`
@@ -81,7 +82,7 @@ def build_minilm_graph(
         hidden = graph.layer(layer, hidden, prefixes.get(layer))
         states.append(hidden)
     graph.pool([states[layer] for layer in layers])
-    return graph.model(HIDDEN * len(layers), prompted).SerializeToString()
+    return graph.model(len(layers), prompted).SerializeToString()
 
 
 class _Graph:
@@ -156,24 +157,28 @@ class _Graph:
         return self._projected(activated, hidden, f"{prefix}output")
 
     def pool(self, states: Sequence[str]) -> None:
-        """Mean over tokens per state, normalised, concatenated, scaled to a unit vector."""
+        """Weighted mean over tokens per state, normalised; concatenated to a unit vector."""
         self._constant("token_axis", np.array([1], np.int64))
         self._constant("unit", np.array(len(states) ** -0.5, np.float32))
+        weights = [f"{state}.weights" for state in states]
+        self._add(
+            "Split", ["averaging"], weights[0], outputs=weights, axis=1, num_outputs=len(states)
+        )
         pooled = []
-        for state in states:
-            mean = self._add("MatMul", ["averaging", state], f"{state}.mean")
+        for state, weight in zip(states, weights, strict=True):
+            mean = self._add("MatMul", [weight, state], f"{state}.mean")
             mean = self._add("Squeeze", [mean, "token_axis"], f"{state}.flat")
             pooled.append(self._add("LpNormalization", [mean], f"{state}.unit", axis=-1, p=2))
         joined = self._add("Concat", pooled, "joined", axis=-1)
         self._add("Mul", [joined, "unit"], "embedding")
 
-    def model(self, width: int, prompted: bool) -> ModelProto:
-        """The finished model."""
+    def model(self, pooled: int, prompted: bool) -> ModelProto:
+        """The finished model, of so many pooled layers."""
         value = helper.make_tensor_value_info
         inputs = [
             value("ids", TensorProto.INT32, ["batch", "tokens"]),
             value("lengths", TensorProto.INT32, ["batch"]),
-            value("averaging", TensorProto.FLOAT, ["batch", 1, "tokens"]),
+            value("averaging", TensorProto.FLOAT, ["batch", pooled, "tokens"]),
         ]
         if prompted:
             inputs += [
@@ -184,7 +189,7 @@ class _Graph:
             self._nodes,
             "all-MiniLM-L6-v2",
             inputs,
-            [value("embedding", TensorProto.FLOAT, ["batch", width])],
+            [value("embedding", TensorProto.FLOAT, ["batch", HIDDEN * pooled])],
             self._tensors,
         )
         versions = [helper.make_opsetid("", 18), helper.make_opsetid(_FUSED, 1)]

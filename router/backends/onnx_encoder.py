@@ -9,7 +9,7 @@ from importlib.resources import files
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime
@@ -42,10 +42,24 @@ TUNED_TOKENS = 96
 # the last layer alone, for the same forward pass. The early one, near the words themselves, adds
 # 0.2 to 1.3 points to layers 3 and 6 (training rows of four data sets, a fifth held out).
 POOLED_LAYERS = (1, 4, 6)
+# How a text begins tells formats apart (`Title:`, `sentence 1:`), and drowns in the mean of a long
+# one: in the middle layer the first tokens, [CLS] included, count for themselves as well. That took
+# a third off the errors on 15 tasks of different kinds, and changed nothing on intents (training
+# rows, a fifth held out). In the early layer it did as much for the former, at some cost to the
+# latter.
+OPENING_LAYERS = (4,)
+OPENING_TOKENS = 5
+OPENING_SHARE = 0.35
+POOLING = "mean-" + "+".join(
+    f"{layer}o" if layer in OPENING_LAYERS else f"{layer}" for layer in POOLED_LAYERS
+)
+"""How the embedded encoder pools, in its fingerprint: `o` is a layer of `OPENING_LAYERS`."""
 
 
 class OnnxMiniLM:
     """all-MiniLM-L6-v2, layers 1, 4 and 6 mean-pooled: an `Encoder` with D = 1152.
+
+    In layer 4 a text's first tokens count for more: see `token_weights`.
 
     It also reads texts under encoder prompts: a `PromptedEncoder`.
 
@@ -110,10 +124,8 @@ class OnnxMiniLM:
     @property
     def fingerprint(self) -> str:
         """Weights, pooling, window, runtime and precision."""
-        layers = "+".join(str(layer) for layer in POOLED_LAYERS)
         return (
-            f"{NAME}:{WEIGHTS_SHA256[:16]}:mean-{layers}:window-{WINDOW_TOKENS}"
-            f":onnx-{self._precision}"
+            f"{NAME}:{WEIGHTS_SHA256[:16]}:{POOLING}:window-{WINDOW_TOKENS}:onnx-{self._precision}"
         )
 
     @property
@@ -178,11 +190,27 @@ def _laid_out(ids: Sequence[Sequence[int]]) -> dict[str, NDArray[np.generic]]:
     """Token ids of B texts as inputs of the graph, padded on the right."""
     lengths = np.array([len(tokens) for tokens in ids], np.int32)
     padded = np.zeros((len(ids), int(lengths.max())), np.int32)
-    averaging = np.zeros((len(ids), 1, padded.shape[1]), np.float32)
     for row, tokens in enumerate(ids):
         padded[row, : len(tokens)] = tokens
-        averaging[row, 0, : len(tokens)] = 1.0 / len(tokens)
+    averaging = token_weights(lengths, padded.shape[1])
     return {"ids": padded, "lengths": lengths, "averaging": averaging}
+
+
+def token_weights(lengths: NDArray[np.integer[Any]], width: int) -> FloatArray:
+    """What the tokens of texts of so many tokens `[B]` count in each pooled layer `[B, L, width]`.
+
+    A text's weights sum to 1. They are even, but in `OPENING_LAYERS`, where `OPENING_SHARE` is the
+    first `OPENING_TOKENS` tokens' alone.
+    """
+    place = np.arange(width)
+    openings = np.minimum(lengths, OPENING_TOKENS)
+    even = np.where(place < lengths[:, None], np.float32(1) / lengths[:, None], 0)
+    opening = np.where(place < openings[:, None], np.float32(1) / openings[:, None], 0)
+    weights = np.empty((len(lengths), len(POOLED_LAYERS), width), np.float32)
+    for number, layer in enumerate(POOLED_LAYERS):
+        share = OPENING_SHARE if layer in OPENING_LAYERS else 0.0
+        weights[:, number] = (1 - share) * even + share * opening
+    return weights
 
 
 def model_folder() -> Path:

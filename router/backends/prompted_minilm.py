@@ -24,15 +24,17 @@ def pooled_states(
     mask: Tensor,
     prompts: Tensor,
     layers: Sequence[int],
+    weights: Tensor,
 ) -> list[Tensor]:
-    """The unit mean state of each text at each of the `layers`, `[B, H]`, float32.
+    """The unit mean state of each text at each of the L `layers`, `[B, H]`, float32.
 
     `tokens` and `mask` `[B, T]` are padded on the right; `prompts` `[B, P, W]` hold keys and values
     for the layers after the `UNPROMPTED_LAYERS`. Differentiable in them.
+    `weights` `[B, L, T]` are what the tokens count in the means.
     """
     states = _unprompted(model, tokens, mask)
     states += _prompted(model, states[-1], mask, prompts, max(layers))
-    return [_pooled(states[layer], mask) for layer in layers]
+    return unit_means([states[layer] for layer in layers], weights)
 
 
 def _unprompted(
@@ -92,10 +94,17 @@ def _through(
     return found
 
 
-def _pooled(states: Tensor, mask: Tensor) -> Tensor:
-    weights = mask[:, :, None]
-    mean = (states.float() * weights).sum(1) / weights.sum(1)
-    return torch.nn.functional.normalize(mean, dim=-1)
+def unit_means(states: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
+    """The unit mean `[B, H]` of each of L `states` `[B, T, H]`, weighted by `[B, L, T]`."""
+    return [
+        torch.nn.functional.normalize((state.float() * weight[:, :, None]).sum(1), dim=-1)
+        for state, weight in zip(states, weights.unbind(1), strict=True)
+    ]
+
+
+def even_weights(mask: Tensor) -> Tensor:
+    """Weights `[B, T]` of a mean over the tokens in `mask` `[B, T]`."""
+    return mask.float() / mask.sum(1, keepdim=True)
 
 
 class MiniLMLearner:
@@ -153,7 +162,8 @@ class MiniLMLearner:
         hidden, mask = _padded(read)
         prompts = prompt.expand(len(read), -1, -1)
         states = _prompted(self.network, hidden, mask, prompts, self._layer)
-        return _pooled(states[-1], mask)
+        [means] = unit_means(states[-1:], even_weights(mask)[:, None])
+        return means
 
 
 def _padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

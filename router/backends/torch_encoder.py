@@ -17,6 +17,7 @@ from router.backends.onnx_encoder import (
     MAX_BATCH_TOKENS,
     NAME,
     POOLED_LAYERS,
+    POOLING,
     WEIGHTS_SHA256,
     WINDOW_TOKENS,
     batches_by_length,
@@ -24,8 +25,14 @@ from router.backends.onnx_encoder import (
     check_weights,
     learner,
     model_folder,
+    token_weights,
 )
-from router.backends.prompted_minilm import MiniLMLearner, pooled_states
+from router.backends.prompted_minilm import (
+    MiniLMLearner,
+    even_weights,
+    pooled_states,
+    unit_means,
+)
 from router.errors import IncompatibleModelError, InvalidInputError
 from router.interfaces import Embeddings, FloatArray, HalfArray
 
@@ -79,9 +86,8 @@ class TorchEncoder:
     @property
     def fingerprint(self) -> str:
         """Weights, pooling, window, runtime and precision."""
-        pooling = "mean-" + "+".join(map(str, self._layers)) if self._layers else "own"
         return (
-            f"{self._name}:{self._weights_sha256[:16]}:{pooling}"
+            f"{self._name}:{self._weights_sha256[:16]}:{self._pooling}"
             f":window-{self._model.max_seq_length}:torch-float32"
         )
 
@@ -114,6 +120,10 @@ class TorchEncoder:
         return Embeddings(vectors / np.maximum(norms, 1e-12), lengths > self.window)
 
     @property
+    def _pooling(self) -> str:
+        return "mean-" + "+".join(map(str, self._layers)) if self._layers else "own"
+
+    @property
     def _transformer(self) -> Any:  # noqa: ANN401 - any Hugging Face model
         return self._model[0].model
 
@@ -136,14 +146,15 @@ class TorchEncoder:
     def _pooled(self, texts: Sequence[str]) -> FloatArray:
         tokens = self._tokens(texts)
         states = self._transformer(**tokens, output_hidden_states=True).hidden_states
-        mask = tokens["attention_mask"].unsqueeze(-1).float()
-        pooled = [
-            torch.nn.functional.normalize((states[layer] * mask).sum(1) / mask.sum(1), dim=-1)
-            for layer in self._layers
-        ]
+        weights = self._weights(tokens["attention_mask"])
+        pooled = unit_means([states[layer] for layer in self._layers], weights)
         joined = torch.cat(pooled, 1) / len(self._layers) ** 0.5
         vectors: FloatArray = joined.cpu().numpy()
         return vectors
+
+    def _weights(self, mask: torch.Tensor) -> torch.Tensor:
+        """What the tokens in `mask` `[B, T]` count in the mean of each pooled layer `[B, L, T]`."""
+        return even_weights(mask)[:, None].expand(-1, len(self._layers), -1)
 
 
 class TorchMiniLM(TorchEncoder):
@@ -160,6 +171,14 @@ class TorchMiniLM(TorchEncoder):
         super().__init__(str(folder), POOLED_LAYERS, device, WINDOW_TOKENS)
         self._name = NAME
         self._weights_sha256 = WEIGHTS_SHA256
+
+    @property
+    def _pooling(self) -> str:
+        return POOLING
+
+    def _weights(self, mask: torch.Tensor) -> torch.Tensor:
+        weights = token_weights(mask.sum(1).cpu().numpy(), mask.shape[1])
+        return torch.from_numpy(weights).to(mask.device)
 
     @property
     def prompt_width(self) -> int:
@@ -195,6 +214,7 @@ class TorchMiniLM(TorchEncoder):
                         tokens["attention_mask"],
                         stacked.to(self._model.device),
                         self._layers,
+                        self._weights(tokens["attention_mask"]),
                     )
                 joined = torch.cat(pooled, 1) / len(pooled) ** 0.5
                 vectors[places] = joined.cpu().numpy()

@@ -16,7 +16,9 @@ from router.compiling import (
     changed_decisions,
     compile_head,
 )
+from router.cross_fitting import cross_fitting
 from router.decision import Outcome
+from router.fitting import lda_fitter
 from router.head import Head
 from router.interfaces import Embeddings
 from router.snapshot import Snapshot
@@ -228,6 +230,46 @@ def test_a_task_of_one_row_beside_others_is_compiled(kind: str) -> None:
     lonely = head.tasks.index(TaskKey("lonely", 1))
     assert np.isfinite(head.thresholds).all()
     assert head.scores(tasks[0].vectors).argmax() == lonely
+
+
+def weighed(
+    tasks: Sequence[TaskStatistics], found: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> Head:
+    """The head, if held-out rows weighed discriminant, regression and closeness like that."""
+    monkeypatch.setattr("router.compiling.weigh", lambda *_: found)
+    return compiled(tasks)
+
+
+def test_the_regression_is_in_the_rows_of_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(11)
+    tasks = [
+        random_task(f"task-{n}", rng, rows=40, dimension=DIMENSION, clusters=2) for n in range(4)
+    ]
+    without, with_it = (weighed(tasks, (1.0, w, 3.0), monkeypatch) for w in (0.0, 2.0))
+    pool = pooled(tasks)
+    fitter = lda_fitter(wide_background(DIMENSION), with_cosine=False)
+    with cross_fitting(pool) as fitting:
+        whole, _ = fitting.with_regression(fitter(pool.total()), [])
+    regression = whole.terms[2].rows
+    added = with_it.rows - without.rows
+    scale = np.vdot(added, regression) / np.vdot(regression, regression)
+    assert scale > 0
+    np.testing.assert_allclose(added, scale * regression, atol=1e-3 * np.abs(added).max())
+
+
+def test_what_the_regression_takes_from_the_discriminant_it_does_not_take_from_rejection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = np.random.default_rng(12)
+    tasks = [random_task(f"task-{n}", rng, rows=40, dimension=DIMENSION) for n in range(4)]
+    little, usual, much = (
+        weighed(tasks, (first, 2.0, 3.0), monkeypatch).background for first in (0.0, 2.0, 4.0)
+    )
+    assert little is not None
+    assert usual is not None
+    assert much is not None
+    np.testing.assert_array_equal(little, usual)
+    np.testing.assert_allclose(much, 2 * usual, rtol=1e-5)
 
 
 def test_without_tasks_the_head_is_empty_and_everything_is_unknown() -> None:

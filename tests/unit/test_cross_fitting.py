@@ -7,9 +7,11 @@ import pytest
 
 from router.cross_fitting import cross_fitting
 from router.examples import NEIGHBOURS, SHORTLIST, Closeness, sample_examples
-from router.fitting import combine, lda_fitter
+from router.fitting import combine, lda_fitter, step_metric
 from router.head import best_row_per_task
+from router.regression import PENALTY, fit_regression
 from router.statistics import FOLDS, PooledMoments, TaskStatistics
+from router.tasks import TaskKey
 from tests.catalogs import random_task, wide_background
 
 DIMENSION = 8
@@ -72,6 +74,43 @@ def test_rows_are_scored_by_a_fit_to_the_rows_of_the_other_folds(
                 np.testing.assert_allclose(found.runner_up[place], ranked[1], rtol=1e-4, atol=1e-4)
             assert scores[found.winner[place]] == pytest.approx(ranked[0], rel=1e-4, abs=1e-4)
             place += 1
+
+
+def test_the_regression_of_a_fold_is_fitted_to_the_rows_of_the_other_folds() -> None:
+    rng = np.random.default_rng(4)
+    tasks = [
+        random_task(f"task-{n}", rng, rows=rows, dimension=DIMENSION, clusters=2)
+        for n, rows in enumerate((23, 11, 1))
+    ]
+    fitter = lda_fitter(wide_background(DIMENSION), with_cosine=False)
+    pool = pooled(tasks)
+    with cross_fitting(pool) as fitting:
+        whole, folds = fitting.with_regression(*fitting.fit(fitter, lambda _: fitter))
+    metric = step_metric(pool.total(), PENALTY)
+    vectors = np.concatenate([task.vectors for task in tasks])
+    task_of = np.repeat(np.arange(len(tasks)), [len(task.vectors) for task in tasks])
+    fold_of = np.concatenate([task.folds for task in tasks])
+    for number, fit in [(-1, whole), *((fold.number, fold.fit) for fold in folds)]:
+        kept = fold_of != number
+        centered = vectors[kept] - fit.center.astype(np.float32)
+        expected = fit_regression(centered, task_of[kept], len(tasks), metric)
+        assert len(fit.terms) == 3
+        np.testing.assert_array_equal(fit.terms[2].rows, expected[fit.row_task])
+    assert all(len(fold.offsets) == 3 and not fold.offsets[2].any() for fold in folds)
+
+
+def test_tasks_of_the_same_rows_have_the_same_regression() -> None:
+    rng = np.random.default_rng(5)
+    one = random_task("a", rng, rows=40, dimension=DIMENSION)
+    same = TaskStatistics(TaskKey("b", 1), one.embeddings, one.clusters)
+    other = random_task("c", rng, rows=40, dimension=DIMENSION)
+    fitter = lda_fitter(wide_background(DIMENSION), with_cosine=False)
+    with cross_fitting(pooled([one, same, other])) as fitting:
+        whole, folds = fitting.with_regression(*fitting.fit(fitter, lambda _: fitter))
+    for fit in [whole, *(fold.fit for fold in folds)]:
+        rows = fit.terms[2].rows
+        np.testing.assert_array_equal(rows[fit.row_task == 0], rows[fit.row_task == 1])
+        assert not np.array_equal(rows[fit.row_task == 0], rows[fit.row_task == 2])
 
 
 def test_own_scores_are_those_of_the_own_task_and_leave_out_rows_that_have_none() -> None:

@@ -30,6 +30,7 @@ from router.backends.onnx_encoder import (
     batches_by_length,
     check_weights,
     model_folder,
+    token_weights,
 )
 from router.backends.torch_encoder import TorchEncoder, TorchMiniLM
 from router.bootstrap import load_encoder
@@ -111,6 +112,21 @@ def test_last_layer_features_are_those_of_the_published_model(torch_encoder: Tor
     texts = TEXTS[:8]
     last = torch_encoder.encode(texts).vectors[:, -384:] * 3**0.5
     np.testing.assert_allclose(published.encode(texts).vectors, last, atol=1e-5)
+
+
+def test_how_a_text_begins_counts_for_itself_in_the_middle_layer(float_encoder: OnnxMiniLM) -> None:
+    reviews = [f"{start} {LONG_TEXT}" for start in ("Title: garden hose", "sentence 1: garden")]
+    middle = 3 * float(np.vecdot(*float_encoder.encode(reviews).vectors[:, 384:768]))
+    even = TorchEncoder(str(model_folder()), layers=(4,), window=WINDOW_TOKENS)
+    # The even mean of a long text hardly knows its first words.
+    evenly = float(np.vecdot(*even.encode(reviews).vectors))
+    assert 1 - middle > 2 * (1 - evenly)
+    weights = token_weights(np.array([3, 20]), 20)
+    np.testing.assert_allclose(weights.sum(2), 1, rtol=1e-6)
+    np.testing.assert_allclose(weights[0, :, :3], 1 / 3, rtol=1e-6)
+    assert not weights[0, :, 3:].any()
+    np.testing.assert_allclose(weights[1, 1, :5].sum(), 0.35 + 0.65 * 5 / 20, rtol=1e-6)
+    np.testing.assert_allclose(weights[1, ::2], 1 / 20, rtol=1e-6)
 
 
 # Encoder prompts
@@ -276,7 +292,7 @@ def test_more_text_than_one_batch_may_hold_is_encoded_in_several(either: OnnxMin
 def test_the_fingerprint_names_weights_pooling_window_runtime_and_precision(
     encoder: OnnxMiniLM, float_encoder: OnnxMiniLM, torch_encoder: TorchMiniLM
 ) -> None:
-    common = f"{NAME}:{WEIGHTS_SHA256[:16]}:mean-1+4+6:window-256"
+    common = f"{NAME}:{WEIGHTS_SHA256[:16]}:mean-1+4o+6:window-256"
     assert encoder.fingerprint == f"{common}:onnx-int8"
     assert float_encoder.fingerprint == f"{common}:onnx-float32"
     assert torch_encoder.fingerprint == f"{common}:torch-float32"

@@ -113,21 +113,27 @@ def test_without_being_asked_for_nothing_is_explained(client: RouterClient) -> N
     assert not response.HasField("explanation")
 
 
-@pytest.mark.parametrize("kind", ["lda", "nearest-mean"])
+TERMS = {
+    "auto": ["likelihood", "discriminant", "regression", "closeness"],
+    "lda": ["likelihood", "discriminant", "cosine"],
+    "nearest-mean": ["cosine"],
+}
+
+
+@pytest.mark.parametrize("kind", TERMS)
 def test_the_terms_of_every_candidate_add_up_to_its_score(kind: str, tmp_path: Path) -> None:
     with new_workshop(tmp_path / "home") as workshop:
         publish(workshop, *PLACES)
         # Two clusters: the terms must be those of the row that won.
         publish(workshop, "both", texts=texts_of("left", 20) + texts_of("right", 20))
         workshop.publish("policy", live={}, change=PolicyChange(head=kind))
-    names = ["likelihood", "discriminant", "cosine"] if kind == "lda" else ["cosine"]
     with serving(tmp_path / "home") as client:
         for text in ("sport 900", "left 77", "right 78", "nowhere 1"):
             _, explanation = client.explain(text, top_k=5)
             assert explanation.notes == ()
             assert len(explanation.candidates) == 5
             for candidate in explanation.candidates:
-                assert [term.name for term in candidate.terms] == names
+                assert [term.name for term in candidate.terms] == TERMS[kind]
                 total = sum(term.value for term in candidate.terms)
                 assert total == pytest.approx(candidate.score, abs=1e-3)
 

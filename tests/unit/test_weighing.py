@@ -33,6 +33,16 @@ def test_weights_maximise_the_penalised_likelihood() -> None:
     np.testing.assert_allclose(weigh(terms, own, PRIOR), expected, atol=1e-4)
 
 
+def test_a_term_of_a_larger_penalty_takes_more_rows_to_count() -> None:
+    strengths, shares = (1.5, 0.5), []
+    for rows in (20, 3000):
+        terms, own = contest(np.random.default_rng(3), rows, strengths)
+        free, held = (weigh(terms, own, (2.0, 0.0), penalties) for penalties in (None, (0.1, 30.0)))
+        shares.append(held[1] / free[1])
+    assert shares[0] < 0.3
+    assert shares[1] > 0.9
+
+
 def test_a_term_that_tells_nothing_or_misleads_gets_no_weight() -> None:
     terms, own = contest(np.random.default_rng(1), 3000, (1.5, -0.5))
     weights = weigh(terms, own, PRIOR)
