@@ -380,8 +380,10 @@ def _best_rows(
 
 def _parts(fold: Fold) -> list[slice]:
     """The rows of a fold, in equal parts: as many, whatever the number of threads."""
-    scores = len(fold.places) * (len(fold.starts) - 1)
-    cuts = np.linspace(0, len(fold.places), -(-scores // _SCORES_AT_ONCE) + 1).astype(int)
+    rows = len(fold.places)
+    parts = -(-rows * (len(fold.starts) - 1) // _SCORES_AT_ONCE)
+    # Products of few rows take nearly as long as those of many.
+    cuts = np.linspace(0, rows, max(min(parts, rows // _CHUNK_ROWS), 1) + 1).astype(int)
     return [slice(begin, end) for begin, end in itertools.pairwise(cuts.tolist())]
 
 

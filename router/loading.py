@@ -113,11 +113,12 @@ class SnapshotLoader:
         self, catalog: CatalogReader, snapshot: Snapshot, policy: Policy
     ) -> Cascade | None:
         """What decides first, where there is a fast encoder; without it all is decided as ever."""
-        from router.cascade import Cascade  # which reads statistics, as this module does
-
         fast = self._models.fast
         if fast is None or not snapshot.tasks:
             return None
+        # Which reads statistics, as this module does, and may compile: a part of a start's imports.
+        from router.cascade import Cascade
+
         if snapshot.challengers:
             _log.warning("no cascade", problem="challengers are tried by the full encoder")
             return None

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from router.bootstrap import load_encoder
+from trainer.commands import RegisterTask
+from trainer.register import register
+from trainer.tuning_settings import TuningSettings
+from trainer.workshop import Workshop
 
 ROOT = Path(__file__).parent.parent
 
@@ -114,6 +121,26 @@ def test_importing_it_loads_nothing_heavy(module: str) -> None:
 def test_the_server_itself_needs_no_deep_learning_library(module: str) -> None:
     found = run_python(f"import {module}, sys; print(*sys.modules)").split()
     assert {"torch", "transformers", "sentence_transformers", "sklearn", "scipy"}.isdisjoint(found)
+
+
+def test_a_server_that_routes_over_a_catalog_loads_nothing_that_compiles_heads(
+    tmp_path: Path,
+) -> None:
+    rows = "".join(json.dumps({"input": f"refund number {n}"}) + "\n" for n in range(4))
+    (tmp_path / "refunds.jsonl").write_text(rows, encoding="utf-8")
+    home = tmp_path / "home"
+    with Workshop(home, load_encoder()) as workshop:
+        request = RegisterTask("refunds", tmp_path / "refunds.jsonl", with_prompt=False)
+        assert not register(workshop, [request], None, TuningSettings()).failures
+    program = (
+        "import pathlib, sys; from router.bootstrap import open_router;"
+        "from router.settings import ServerSettings;"
+        f"settings = ServerSettings(home=pathlib.Path({str(home)!r}), base_model=None)\n"
+        "with open_router(settings): print(*sys.modules)"
+    )
+    found = run_python(program).split()
+    assert "router.loading" in found
+    assert {"scipy", "sklearn", "torch", "router.compiling"}.isdisjoint(found)
 
 
 def test_a_server_without_traces_does_not_import_opentelemetry() -> None:
