@@ -396,7 +396,7 @@ def _naive_thresholds(own: Sequence[np.ndarray], rate: float) -> list[float]:
     thresholds = []
     for scores in own:
         enough = int(rate * (len(scores) + 1)) >= 1
-        weight = len(scores) / (len(scores) + 20)
+        weight = len(scores) / (len(scores) + 200)
         mine = conformal(scores) if enough else overall
         thresholds.append(weight * mine + (1 - weight) * overall)
     return thresholds
