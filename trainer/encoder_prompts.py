@@ -88,9 +88,12 @@ class TaskPrompting:
         tuner: EncoderPromptTuner,
         encoder: PromptedEncoder,
         job: EncoderPromptJob,
+        labels: Sequence[str],
         progress: Progress = lambda *_: None,
     ) -> None:
+        """`labels` `[C]` are the words of the numbers in the job."""
         self._tuner = tuner
+        self._labels = labels
         self._encoder = encoder
         self._job = job
         self._progress = progress
@@ -103,7 +106,13 @@ class TaskPrompting:
 
     def embed(self, prompt: HalfArray, rows: NDArray[np.int64]) -> FloatArray:
         """The embeddings `[n, D]` of the rows of these numbers under a prompt."""
-        texts = [self._job.texts[row] for row in rows]
+        return self._under(prompt, [self._job.texts[row] for row in rows])
+
+    def embed_labels(self, prompt: HalfArray) -> FloatArray:
+        """The embeddings `[C, D]` of the labels' words under a prompt."""
+        return self._under(prompt, self._labels)
+
+    def _under(self, prompt: HalfArray, texts: Sequence[str]) -> FloatArray:
         return self._encoder.encode_prompted(texts, [prompt] * len(texts))
 
 

@@ -430,7 +430,10 @@ class _Classifiers:
         if task.outputs is None or not task.request.with_classifier:
             return None
         outputs = [row.output for row in task.file.examples]
-        fitted = fit_classifier(vectors, outputs, task.outputs, self._prompting(task))
+        label_vectors = self._workshop.encoder.encode(task.outputs).vectors
+        fitted = fit_classifier(
+            vectors, outputs, task.outputs, label_vectors, self._prompting(task)
+        )
         if fitted is None:
             return None
         tensors: dict[str, NDArray[np.generic]] = {CLASSIFIER_TENSOR: fitted.rows}
@@ -459,7 +462,7 @@ class _Classifiers:
         )
         if self._tuner is None:
             self._tuner = EncoderPromptTuner(self._encoder, self._settings.steps)
-        return TaskPrompting(self._tuner, self._encoder, job, self._progress)
+        return TaskPrompting(self._tuner, self._encoder, job, task.outputs, self._progress)
 
 
 def embed(workshop: Workshop, name: str, texts: Sequence[str], progress: Progress) -> Embeddings:

@@ -69,7 +69,12 @@ def _embedded(
     vectors = embed(workshop, record.name, [text.input for text in texts], progress).vectors
     classifier = None
     if record.classifier is not None and record.outputs is not None:
-        fitted = fit_classifier(vectors, [text.output for text in texts], record.outputs)
+        fitted = fit_classifier(
+            vectors,
+            [text.output for text in texts],
+            record.outputs,
+            workshop.encoder.encode(record.outputs).vectors,
+        )
         if fitted is not None:
             classifier = ClassifierSummary(
                 workshop.artifacts.write_tensors({CLASSIFIER_TENSOR: fitted.rows}),

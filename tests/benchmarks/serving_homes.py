@@ -100,7 +100,8 @@ def _answering(
     classifier = None
     if outputs is not None:
         vectors = workshop.encoder.encode(inputs).vectors
-        fitted = fit_classifier(vectors, [each.output for each in examples], outputs)
+        label_vectors = workshop.encoder.encode(outputs).vectors
+        fitted = fit_classifier(vectors, [each.output for each in examples], outputs, label_vectors)
         if fitted is not None:
             sha256 = workshop.artifacts.write_tensors({CLASSIFIER_TENSOR: fitted.rows})
             classifier = ClassifierSummary(sha256, PROMPT_WEIGHT, fitted.accuracy)

@@ -100,7 +100,9 @@ def test_only_the_rows_that_were_asked_for_are_seen(
         [text if row % 2 == 0 else "spoiled" for row, text in enumerate(job.texts)],
         job.labels,
     )
-    found = [TaskPrompting(tuner, encoder, each).tune(rows) for each in (job, spoiled)]
+    found = [
+        TaskPrompting(tuner, encoder, each, ("asks", "tells")).tune(rows) for each in (job, spoiled)
+    ]
     np.testing.assert_array_equal(found[0], found[1])
 
 

@@ -55,6 +55,8 @@ from trainer.tuning_settings import TuningSettings
 from trainer.workshop import Workshop
 
 LABELS = ("a", "b", "c")
+# Their words: near to the centres of `clouds`.
+LABEL_VECTORS = np.eye(3, 16, dtype=np.float32)
 
 
 def clouds(
@@ -72,7 +74,7 @@ def clouds(
 @pytest.mark.parametrize("labels", [2, 3])
 def test_labels_that_embeddings_tell_apart_are_learned(labels: int) -> None:
     vectors, outputs = clouds(60, labels)
-    fitted = fit_classifier(vectors, outputs, LABELS[:labels])
+    fitted = fit_classifier(vectors, outputs, LABELS[:labels], LABEL_VECTORS[:labels])
     assert fitted is not None
     assert fitted.rows.shape == (labels, 17)
     assert fitted.rows.dtype == np.float32
@@ -84,15 +86,30 @@ def test_labels_that_embeddings_tell_apart_are_learned(labels: int) -> None:
     assert np.mean([a == b for a, b in zip(found, expected, strict=True)]) > 0.9
 
 
+def test_of_few_rows_the_words_of_the_labels_help_to_find_them() -> None:
+    def accuracy(seed: int, label_vectors: FloatArray) -> float:
+        vectors, outputs = clouds(9, 3, seed=seed, distance=0.5)
+        fitted = fit_classifier(vectors, outputs, LABELS, label_vectors)
+        if fitted is None:
+            return 1 / 3
+        fresh, expected = clouds(300, 3, seed=100 + seed, distance=0.5)
+        found = (fresh @ fitted.rows[:, :-1].T + fitted.rows[:, -1]).argmax(1)
+        return float(np.mean([LABELS[n] == e for n, e in zip(found, expected, strict=True)]))
+
+    elsewhere = np.roll(LABEL_VECTORS, 8, axis=1)
+    told = np.mean([accuracy(seed, LABEL_VECTORS) for seed in range(20)])
+    assert told > np.mean([accuracy(seed, elsewhere) for seed in range(20)]) + 0.05
+
+
 def test_embeddings_that_say_nothing_of_the_labels_hardly_count() -> None:
     spreads = []
     for seed in range(8):
         vectors, outputs = clouds(200, 2, seed=seed, distance=0.0)
-        fitted = fit_classifier(vectors, outputs, LABELS[:2])
+        fitted = fit_classifier(vectors, outputs, LABELS[:2], LABEL_VECTORS[:2])
         scores = np.zeros((len(vectors), 2)) if fitted is None else vectors @ fitted.rows[:, :-1].T
         spreads.append(float((scores[:, 1] - scores[:, 0]).std()))
     told, outputs = clouds(200, 2)
-    fitted = fit_classifier(told, outputs, LABELS[:2])
+    fitted = fit_classifier(told, outputs, LABELS[:2], LABEL_VECTORS[:2])
     assert fitted is not None
     apart = told @ fitted.rows[:, :-1].T
     assert np.mean(spreads) < 0.5 < 4.0 < float((apart[:, 1] - apart[:, 0]).std())
@@ -100,15 +117,18 @@ def test_embeddings_that_say_nothing_of_the_labels_hardly_count() -> None:
 
 def test_a_label_that_cannot_be_held_out_leaves_no_classifier() -> None:
     vectors, _ = clouds(31, 3)
-    assert fit_classifier(vectors, ["c", *["a", "b"] * 15], LABELS) is None
-    assert fit_classifier(vectors, ["c", "c", *["a"] * 15, *["b"] * 14], LABELS) is not None
+    assert fit_classifier(vectors, ["c", *["a", "b"] * 15], LABELS, LABEL_VECTORS) is None
+    assert (
+        fit_classifier(vectors, ["c", "c", *["a"] * 15, *["b"] * 14], LABELS, LABEL_VECTORS)
+        is not None
+    )
 
 
 def test_of_many_rows_some_of_all_parts_of_the_file_are_fitted() -> None:
     # Sorted by label, as files often are.
     vectors, outputs = clouds(3 * MAX_ROWS, 3)
     order = np.argsort(outputs, kind="stable")
-    fitted = fit_classifier(vectors[order], [outputs[i] for i in order], LABELS)
+    fitted = fit_classifier(vectors[order], [outputs[i] for i in order], LABELS, LABEL_VECTORS)
     assert fitted is not None
     assert fitted.accuracy > 0.9
 
@@ -138,12 +158,16 @@ class SignPrompting:
         assert prompt.shape == (2, 4)
         return self.vectors[rows]
 
+    def embed_labels(self, prompt: HalfArray) -> FloatArray:
+        assert prompt.shape == (2, 4)
+        return LABEL_VECTORS
+
 
 def test_of_few_rows_the_classifier_reads_embeddings_under_a_prompt_tuned_on_all_of_them() -> None:
     vectors, outputs = clouds(60, 3, distance=0.3)
     prompted, _ = clouds(60, 3, seed=1, distance=1.0)
     prompting = SignPrompting(prompted)
-    fitted = fit_classifier(vectors, outputs, LABELS, prompting)
+    fitted = fit_classifier(vectors, outputs, LABELS, LABEL_VECTORS, prompting)
     assert fitted is not None
     assert fitted.encoder_prompt is not None
     assert prompting.tuned == [list(range(60))]
@@ -156,7 +180,7 @@ def test_of_many_rows_the_better_embedding_is_read(plain: float, under_prompt: f
     vectors, outputs = clouds(600, 3, distance=plain)
     prompted, _ = clouds(600, 3, seed=1, distance=under_prompt)
     prompting = SignPrompting(prompted)
-    fitted = fit_classifier(vectors, outputs, LABELS, prompting)
+    fitted = fit_classifier(vectors, outputs, LABELS, LABEL_VECTORS, prompting)
     assert fitted is not None
     assert (fitted.encoder_prompt is not None) == (under_prompt > plain)
     assert fitted.accuracy > 0.9
