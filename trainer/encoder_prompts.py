@@ -6,7 +6,7 @@ keys and values of a few virtual tokens, for the later layers (Prefix-Tuning, Li
 arXiv:2101.00190), tuned by gradient descent so that the embeddings of texts of one label come close
 together, and away from those of the others (supervised contrastive loss, Khosla et al. 2020,
 arXiv:2004.11362; of few rows for sentence encoders, SetFit, Tunstall et al. 2022, arXiv:2209.11055,
-which moves all weights where this moves 96 KB).
+which moves all weights where this moves 48 KB).
 """
 
 from __future__ import annotations
