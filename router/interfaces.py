@@ -88,6 +88,10 @@ class PromptedEncoder(Protocol):
     def prompt_width(self) -> int:
         """W, the numbers of each virtual token of an encoder prompt."""
 
+    @property
+    def tuned_dimensions(self) -> slice:
+        """Those of D that hold what prompts are tuned by: what `PromptedLearner.embed` returns."""
+
     def encode_prompted(self, texts: Sequence[str], prompts: Sequence[HalfArray]) -> FloatArray:
         """Embed each text under its encoder prompt `[P, W]` to unit vectors `[B, D]`.
 

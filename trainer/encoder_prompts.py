@@ -98,6 +98,11 @@ class TaskPrompting:
         self._job = job
         self._progress = progress
 
+    @property
+    def tuned_dimensions(self) -> slice:
+        """Those of the encoder."""
+        return self._encoder.tuned_dimensions
+
     def tune(self, rows: NDArray[np.int64]) -> HalfArray:
         """An encoder prompt `[P, W]`, tuned on the rows of these numbers."""
         job = self._job

@@ -54,6 +54,8 @@ POOLING = "mean-" + "+".join(
     f"{layer}o" if layer in OPENING_LAYERS else f"{layer}" for layer in POOLED_LAYERS
 )
 """How the embedded encoder pools, in its fingerprint: `o` is a layer of `OPENING_LAYERS`."""
+TUNED_DIMENSIONS = slice(HIDDEN * (len(POOLED_LAYERS) - 1), HIDDEN * len(POOLED_LAYERS))
+"""Those of the last layer, which encoder prompts are tuned by."""
 
 
 class OnnxMiniLM:
@@ -158,6 +160,11 @@ class OnnxMiniLM:
     def prompt_width(self) -> int:
         """3072: keys and values of four layers."""
         return PROMPT_WIDTH
+
+    @property
+    def tuned_dimensions(self) -> slice:
+        """Those of layer 6."""
+        return TUNED_DIMENSIONS
 
     def encode_prompted(self, texts: Sequence[str], prompts: Sequence[HalfArray]) -> FloatArray:
         """Embed `texts` `[B]` under their encoder prompts `[P, W]` to unit vectors `[B, 1152]`.

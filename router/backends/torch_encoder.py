@@ -18,6 +18,7 @@ from router.backends.onnx_encoder import (
     NAME,
     POOLED_LAYERS,
     POOLING,
+    TUNED_DIMENSIONS,
     WEIGHTS_SHA256,
     WINDOW_TOKENS,
     batches_by_length,
@@ -184,6 +185,11 @@ class TorchMiniLM(TorchEncoder):
     def prompt_width(self) -> int:
         """3072: keys and values of four layers."""
         return PROMPT_WIDTH
+
+    @property
+    def tuned_dimensions(self) -> slice:
+        """Those of layer 6."""
+        return TUNED_DIMENSIONS
 
     def for_gradients(self) -> MiniLMLearner:
         """The same network, to tune encoder prompts with."""

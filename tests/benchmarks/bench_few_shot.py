@@ -1,11 +1,15 @@
-"""What prompts tuned on few rows answer, by what they start from. No test row is looked at.
+"""What prompts and classifiers of few rows answer, by what they start from. No test row is read.
 
     PROMPTYARD_BENCH_DATA=/path/to/data python tests/benchmarks/bench_few_shot.py
 
 Three kinds of tasks: the shipped example tasks, by holding out a quarter of their training rows
 (the frozen held-out rows are the demo's); the tasks of `cl15` with at most ten labels, trained on
 `train` rows and judged on `dev` rows; groups of six intents from the training rows of Banking77.
-This is what base models and the settings of tuning are chosen by.
+This is what base models, and the settings of tuning and of label classifiers, are chosen by.
+
+Judges are the soft prompt alone; the label classifier of plain embeddings, and of those under an
+encoder prompt; and each classifier together with the soft prompt, as served. Tasks of free text
+are answered under the soft prompt by all of them.
 """
 
 from __future__ import annotations
@@ -28,10 +32,20 @@ import numpy as np
 import torch
 
 from router.backends.language_model import load_language_model
+from router.backends.onnx_encoder import OnnxMiniLM
 from router.backends.torch_model import TorchLanguageModel
+from router.interfaces import FloatArray, PromptedInput
+from router.label_classifier import (
+    ClassifierInput,
+    LabelClassifier,
+    LabelEvidence,
+    read_evidence,
+)
 from router.settings import DEFAULT_BASE_MODEL
 from trainer.commands import Initialisation
 from trainer.data import closed_outputs, read_labelled
+from trainer.encoder_prompts import EncoderPromptJob, EncoderPromptTuner, TaskPrompting
+from trainer.label_classifier import fit_classifier
 from trainer.manifest import read_manifest
 from trainer.prompt_quality import LabelledRow, Trial, measure
 from trainer.tuned_prompt import TunedPrompt
@@ -44,6 +58,13 @@ MOST_LABELS = 10
 VALIDATION_SHARE = 0.2
 ANSWERED_ROWS = 200
 LONGEST_INPUT = 1200
+JUDGES = (
+    "soft prompt",
+    "classifier, plain",
+    "both, plain",
+    "classifier, encoder prompt",
+    "both, encoder prompt",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +84,8 @@ def main() -> int:
         print(f"set {DATA_VARIABLE}, or give --kinds examples", file=sys.stderr)
         return 2
     model = load_language_model(options.model, device=options.device, precision="float32")
-    figures = []
+    encoder = OnnxMiniLM()
+    figures: list[dict[str, object]] = []
     for start in options.starts:
         for seed in range(options.seeds):
             tasks = [t for kind in options.kinds for t in read(kind, folder, seed, options.rows)]
@@ -74,10 +96,12 @@ def main() -> int:
                 seed=seed,
             )
             began = time.perf_counter()
-            accuracy = held_out_accuracy(model, tasks, settings)
+            found = held_out_accuracy(model, encoder, tasks, settings)
             seconds = time.perf_counter() - began
-            figures.append({"start": start, "seed": seed, "seconds": seconds, **accuracy})
-            print(json.dumps(figures[-1]), flush=True)
+            for judge, accuracy in found.items():
+                about = {"start": start, "judge": judge, "seed": seed, "seconds": seconds}
+                figures.append({**about, **accuracy})
+                print(json.dumps(figures[-1]), flush=True)
     print(table(figures, options.kinds))
     print(f"\n{DATA_VARIABLE}={folder} {shlex.join(['python', *sys.argv])}")
     if options.json:
@@ -112,21 +136,99 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def held_out_accuracy(
-    model: TorchLanguageModel, tasks: Sequence[Task], settings: TuningSettings
-) -> dict[str, float]:
-    """The mean accuracy on held-out rows by kind of task; all prompts are tuned together."""
+    model: TorchLanguageModel,
+    encoder: OnnxMiniLM,
+    tasks: Sequence[Task],
+    settings: TuningSettings,
+) -> dict[str, dict[str, float]]:
+    """By judge, the mean accuracy on held-out rows by kind of task; prompts are tuned together."""
     results = tune(model, [task.job for task in tasks], settings)
-    trials = []
+    tuner = EncoderPromptTuner(encoder)
+    by_judge: dict[str, defaultdict[str, list[float]]] = {
+        judge: defaultdict(list) for judge in JUDGES
+    }
     for task in tasks:
         result = results[task.job.name]
         if not isinstance(result, TunedPrompt):
             raise SystemExit(f"{result.name}: {result.reason}")
-        prompt = torch.tensor(result.values, device=model.device)
-        trials.append(Trial(prompt, task.job.labels, task.held_out))
-    by_kind: defaultdict[str, list[float]] = defaultdict(list)
-    for task, quality in zip(tasks, measure(model, trials), strict=True):
-        by_kind[task.kind].append(quality.score)
-    return {kind: float(np.mean(scores)) for kind, scores in by_kind.items()}
+        if task.job.labels is None:
+            prompt = torch.tensor(result.values, device=model.device)
+            [quality] = measure(model, [Trial(prompt, None, task.held_out)])
+            accuracy = dict.fromkeys(JUDGES, quality.score)
+        else:
+            accuracy = label_accuracy(model, tuner, encoder, task, result, settings.seed)
+        for judge, value in accuracy.items():
+            by_judge[judge][task.kind].append(value)
+    return {
+        judge: {kind: float(np.mean(values)) for kind, values in kinds.items()}
+        for judge, kinds in by_judge.items()
+    }
+
+
+def label_accuracy(
+    model: TorchLanguageModel,
+    tuner: EncoderPromptTuner,
+    encoder: OnnxMiniLM,
+    task: Task,
+    tuned: TunedPrompt,
+    seed: int,
+) -> dict[str, float]:
+    """The share of held-out rows that each of the judges labels rightly, of a task with labels."""
+    labels = task.job.labels or ()
+    inputs = [PromptedInput(text, tuned.values, tuned.method) for text, _ in task.held_out]
+    scored = model.score(inputs, [labels] * len(inputs))
+    nothing = LabelEvidence(np.zeros(len(labels), np.float32), 1.0)
+    judges: dict[str, list[LabelEvidence]] = {"soft prompt": [nothing] * len(inputs)}
+    vectors = encoder.encode([text for text, _ in task.held_out]).vectors
+    for name, prompted in (("plain", False), ("encoder prompt", True)):
+        classifier = classifier_of(encoder, task, tuner if prompted else None, seed)
+        found = judges["soft prompt"]
+        if classifier is not None:
+            asked = [
+                ClassifierInput(classifier, text, vector)
+                for (text, _), vector in zip(task.held_out, vectors, strict=True)
+            ]
+            found = [one or nothing for one in read_evidence(asked, encoder)]
+            judges[f"classifier, {name}"] = [replace(one, prompt_weight=0.0) for one in found]
+        else:
+            judges[f"classifier, {name}"] = found
+        judges[f"both, {name}"] = found
+    return {
+        judge: float(
+            np.mean(
+                [
+                    labels[evidence.best(scores.log_probabilities)] == output
+                    for (_, output), evidence, scores in zip(
+                        task.held_out, found, scored, strict=True
+                    )
+                ]
+            )
+        )
+        for judge, found in judges.items()
+    }
+
+
+def classifier_of(
+    encoder: OnnxMiniLM, task: Task, tuner: EncoderPromptTuner | None, seed: int
+) -> LabelClassifier | None:
+    """The label classifier of a task's few rows; under an encoder prompt where one is tuned."""
+    labels = task.job.labels or ()
+    rows = [*task.job.train, *task.job.validation]
+    texts, outputs = [text for text, _ in rows], [output for _, output in rows]
+    prompting = None
+    if tuner is not None:
+        about = " ".join([task.job.instruction, *labels]).strip()
+        truth = np.array([labels.index(output) for output in outputs])
+        job = EncoderPromptJob(f"{task.job.name}/{seed}", about, texts, truth)
+        prompting = TaskPrompting(tuner, encoder, job, labels)
+
+    def embed(these: Sequence[str]) -> FloatArray:
+        return encoder.encode(these).vectors
+
+    fitted = fit_classifier(embed(texts), outputs, labels, embed(labels), prompting)
+    if fitted is None:
+        return None
+    return LabelClassifier(fitted.rows, fitted.prompt_weight, fitted.encoder_prompt)
 
 
 def read(kind: str, folder: str | None, seed: int, rows: int) -> Iterator[Task]:
@@ -200,14 +302,18 @@ def read_lines(path: Path) -> Iterator[dict[str, str]]:
 
 
 def table(figures: Sequence[dict[str, object]], kinds: Sequence[str]) -> str:
-    """Mean and spread over the seeds, a row for each start."""
-    lines = ["| start | " + " | ".join(kinds) + " |", "|---|" + "---|" * len(kinds)]
-    for start in dict.fromkeys(str(row["start"]) for row in figures):
+    """Mean and spread over the seeds, a row for each start and judge."""
+    lines = ["| start | judge | " + " | ".join(kinds) + " |", "|---|---|" + "---|" * len(kinds)]
+    for start, judge in dict.fromkeys((str(row["start"]), str(row["judge"])) for row in figures):
         cells = []
         for kind in kinds:
-            values = [float(str(row[kind])) for row in figures if row["start"] == start]
+            values = [
+                float(str(row[kind]))
+                for row in figures
+                if (row["start"], row["judge"]) == (start, judge)
+            ]
             cells.append(f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
-        lines.append(f"| {start} | " + " | ".join(cells) + " |")
+        lines.append(f"| {start} | {judge} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

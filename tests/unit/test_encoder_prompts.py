@@ -75,6 +75,16 @@ def test_under_its_prompt_texts_of_one_label_come_closer_together(
     assert before < 0 < after
 
 
+def test_the_dimensions_that_are_tuned_are_those_that_the_encoder_names(
+    encoder: OnnxMiniLM, tuner: EncoderPromptTuner, job: EncoderPromptJob, prompt: HalfArray
+) -> None:
+    served = encoder.encode_prompted(job.texts, [prompt] * len(job.texts))
+    learner = tuner.learner
+    tuned = learner.embed(learner.read(job.texts), torch.from_numpy(prompt.astype(np.float32)))
+    named = served[:, encoder.tuned_dimensions] * 3**0.5
+    assert np.einsum("bd,bd->b", named, tuned.float().numpy()).min() > 0.99
+
+
 def test_tuning_changes_no_weight_of_the_encoder_and_is_the_same_every_time(
     tuner: EncoderPromptTuner, job: EncoderPromptJob, prompt: HalfArray
 ) -> None:

@@ -146,8 +146,10 @@ def test_the_prompt_and_the_embedding_decide_together() -> None:
 class SignPrompting:
     """Under this prompt, an embedding is what is given; which rows were tuned on is noted."""
 
-    def __init__(self, vectors: FloatArray) -> None:
+    def __init__(self, vectors: FloatArray, tuned_dimensions: slice = slice(None)) -> None:
         self.vectors = vectors
+        self.tuned_dimensions = tuned_dimensions
+        self.label_vectors = LABEL_VECTORS
         self.tuned: list[list[int]] = []
 
     def tune(self, rows: np.ndarray) -> HalfArray:
@@ -160,7 +162,21 @@ class SignPrompting:
 
     def embed_labels(self, prompt: HalfArray) -> FloatArray:
         assert prompt.shape == (2, 4)
-        return LABEL_VECTORS
+        return self.label_vectors
+
+
+def test_the_dimensions_that_an_encoder_prompt_is_tuned_by_count_for_more() -> None:
+    half, outputs = clouds(60, 3)
+    vectors = np.hstack([half, half])
+    labels = np.hstack([LABEL_VECTORS, LABEL_VECTORS])
+    # What one half says is of the label "a", and the other half of "b".
+    torn = np.concatenate([LABEL_VECTORS[0], LABEL_VECTORS[1]])
+    for tuned, expected in ((slice(0, 16), 0), (slice(16, 32), 1)):
+        prompting = SignPrompting(vectors, tuned)
+        prompting.label_vectors = labels
+        fitted = fit_classifier(vectors, outputs, LABELS, labels, prompting)
+        assert fitted is not None
+        assert (fitted.rows[:, :-1] @ torn + fitted.rows[:, -1]).argmax() == expected
 
 
 def test_of_few_rows_the_classifier_reads_embeddings_under_a_prompt_tuned_on_all_of_them() -> None:
@@ -383,6 +399,7 @@ class ShoutingEncoder(FakeEncoder):
     """Reads a text in front of which the words of its prompt's first number are written."""
 
     prompt_width = 4
+    tuned_dimensions = slice(None)
 
     def for_gradients(self) -> PromptedLearner:
         raise NotImplementedError
