@@ -11,7 +11,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fuzz soak chaos lint format proto bench bench-base-model bench-calibration bench-cascade bench-few-shot bench-prompts bench-publish bench-route bench-routing bench-serving bench-statistics-only clean
+.PHONY: help install demo test fuzz soak chaos lint format proto bench bench-base-model bench-calibration bench-cascade bench-few-shot bench-prompts bench-publish bench-route bench-routing bench-scale bench-serving bench-statistics-only clean
 
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -62,6 +62,9 @@ bench: bench-route bench-serving bench-routing bench-calibration bench-few-shot 
 
 bench-publish: $(INSTALLED)  ## Publishing the 11th task, and the 10,001st
 	$(BIN)/python -m tests.benchmarks.bench_publish
+
+bench-scale: $(INSTALLED)  ## Heads of 10 to 1,000,000 tasks (about 20 minutes, 12 GB of memory)
+	$(BIN)/python tests/benchmarks/bench_scale.py --output docs/benchmarks
 
 bench-cascade: $(INSTALLED)  ## What a cascade saves and loses, and what loading one takes
 	$(BIN)/python -m tests.benchmarks.bench_cascade

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from router.approximate_index import LEAST_ROWS, ApproximateIndex
 from router.calibrating import fit_probability
 from router.cross_fitting import CrossFitting, Fold, HeldOutScores, cross_fitting
 from router.examples import Closeness, examples_per_task
@@ -137,11 +138,12 @@ def compile_head(
         thresholds = thresholds_without_rows(policy.head, tasks, policy.false_reject_rate)
     decided = np.where(held_out.best >= thresholds[held_out.winner], held_out.winner, REJECTED)
     term = combine(whole, weights.terms)
+    rows = term.rows.astype(np.float32, copy=False)
     return Head(
         kind=policy.head,
         encoder=encoder,
         tasks=tuple(task.key for task in tasks),
-        rows=term.rows.astype(np.float32, copy=False),
+        rows=rows,
         row_task=whole.row_task,
         thresholds=tuple(thresholds.tolist()),
         ambiguity_margin=margin,
@@ -153,7 +155,14 @@ def compile_head(
         examples=examples if closeness is not None else None,
         closeness_weight=weights.closeness,
         calibration=_calibration(held_out, len(tasks)),
+        approximate=_approximate(rows, pool, policy) if len(rows) >= LEAST_ROWS else None,
     )
+
+
+def _approximate(rows: FloatArray, pool: PooledMoments, policy: Policy) -> ApproximateIndex:
+    if policy.head == "nearest-mean":
+        return ApproximateIndex.build(rows, None)
+    return ApproximateIndex.build(rows, shared_by_tasks(pool.total()).precision)
 
 
 def _of_all_rows(

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
+from router.approximate_index import ApproximateIndex
 from router.errors import CorruptArtifactError
 from router.examples import Closeness, Examples
 from router.interfaces import FloatArray
@@ -43,6 +44,7 @@ class Head:
     was fitted without it (-1: rejected), in the order of `tasks` and, within a task, of its rows.
     `calibration` `[K, 1 + Q]` tells of the rows that each task scored best for so, accepted or not:
     how many they are, and quantiles of their scores (NaN for none). None in heads of old.
+    `approximate` finds the rows that are likely to be the best, where they are many.
     """
 
     kind: str
@@ -60,6 +62,7 @@ class Head:
     examples: Examples | None = None
     closeness_weight: float = 0.0
     calibration: NDArray[np.float64] | None = None
+    approximate: ApproximateIndex | None = None
 
     def queries(self, vectors: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Embeddings `[B, D]` to queries `[B, D + 1]` for the rows, and score offsets `[B]`."""
@@ -117,6 +120,9 @@ class Head:
             tensors["whitening"] = self.examples.whitening
         if self.calibration is not None:
             tensors["calibration"] = self.calibration
+        if self.approximate is not None:
+            tensors["approximate_projection"] = self.approximate.projection
+            tensors["approximate_index"] = self.approximate.content
         about = {
             "format": HEAD_FORMAT,
             "kind": self.kind,
@@ -158,6 +164,7 @@ class Head:
                 _examples(tensors),
                 float(about["closeness_weight"]),
                 tensors.get("calibration"),
+                _approximate(tensors),
             )
             head._check()
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -184,6 +191,7 @@ class Head:
             )
             and all(np.isfinite(array).all() for array in floats)
             and (self.examples is None or self.examples.fit(len(self.tasks), dimension))
+            and (self.approximate is None or self.approximate.fits(*self.rows.shape))
         ):
             raise ValueError("shapes or values do not fit together")
 
@@ -259,6 +267,12 @@ def _examples(tensors: Mapping[str, NDArray[Any]]) -> Examples | None:
         tensors["center"],
         tensors["whitening"],
     )
+
+
+def _approximate(tensors: Mapping[str, NDArray[Any]]) -> ApproximateIndex | None:
+    if "approximate_index" not in tensors:
+        return None
+    return ApproximateIndex(tensors["approximate_projection"], tensors["approximate_index"])
 
 
 def digest(content: bytes) -> str:

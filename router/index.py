@@ -1,4 +1,4 @@
-"""The index of task centroids. The only file that imports faiss."""
+"""The index of task centroids: exact, or scoring exactly what an approximate one finds."""
 
 from __future__ import annotations
 
@@ -6,23 +6,30 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from router.approximate_index import CANDIDATES, ApproximateIndex
 from router.examples import SHORTLIST, Closeness
 from router.interfaces import FloatArray
 
 
 class CentroidIndex:
-    """An exact inner-product index over a head's rows. Never changed once it is built.
+    """An inner-product index over a head's rows. Never changed once it is built.
 
+    Exact, unless it is given an approximate index; the scores that it gives are exact always.
     Concurrent searches are safe because nothing ever mutates the index: a new catalog revision
     gets a new one.
     """
 
     def __init__(
-        self, rows: FloatArray, row_task: NDArray[np.int64], closeness: Closeness | None = None
+        self,
+        rows: FloatArray,
+        row_task: NDArray[np.int64],
+        closeness: Closeness | None = None,
+        approximate: ApproximateIndex | None = None,
     ) -> None:
         """Index `rows` `[M, E]`; row m belongs to task number `row_task[m]` `[M]`.
 
-        `closeness` counts for the tasks that are best without it.
+        `closeness` counts for the tasks that are best without it. `approximate` finds the rows
+        that are looked at, where few are wanted.
         """
         self._row_task = row_task
         self._closeness = closeness
@@ -30,8 +37,12 @@ class CentroidIndex:
         self._tasks = len(tasks)
         # How many rows must be asked for so that k different tasks are surely among them.
         self._rows_before_kth_task = np.cumsum(np.sort(counts)[::-1])
-        self._index = faiss.IndexFlatIP(rows.shape[1])
-        self._index.add(np.ascontiguousarray(rows, dtype=np.float32))
+        self._rows = rows
+        self._approximate = approximate
+        # Empty, and not looked at, beside an approximate one.
+        self._flat = faiss.IndexFlatIP(rows.shape[1])
+        if approximate is None:
+            self._flat.add(np.ascontiguousarray(rows, dtype=np.float32))
 
     def search(self, queries: FloatArray, k: int) -> tuple[FloatArray, NDArray[np.int64]]:
         """The best `k` tasks for each query `[B, E]`: scores `[B, k]` and task numbers `[B, k]`.
@@ -59,10 +70,30 @@ class CentroidIndex:
 
         Of equal scores faiss returns any: where the cut would go through some, take all rows.
         """
-        scores, rows = self._index.search(queries, min(wanted + 1, len(self._row_task)))
+        if self._approximate is not None:
+            return self._likely_rows(self._approximate, queries, wanted)
+        scores, rows = self._flat.search(queries, min(wanted + 1, len(self._row_task)))
         if (scores[:, wanted:] == scores[:, wanted - 1 : wanted]).any():
-            scores, rows = self._index.search(queries, len(self._row_task))
+            scores, rows = self._flat.search(queries, len(self._row_task))
         return scores, rows
+
+    def _likely_rows(
+        self, approximate: ApproximateIndex, queries: FloatArray, wanted: int
+    ) -> tuple[FloatArray, NDArray[np.int64]]:
+        """As `_best_rows`, of the rows that `approximate` finds; of all where it finds too few."""
+        rows = np.empty((len(queries), 0), np.int64)
+        if wanted <= CANDIDATES:
+            rows = approximate.candidates(queries)
+        scores = np.full(rows.shape, -np.inf, np.float32)
+        for query, found, into in zip(queries, rows, scores, strict=True):
+            met = found >= 0
+            into[met] = self._rows[found[met]] @ query
+        if rows.shape[1] and np.isfinite(scores).sum(1).min() >= wanted:
+            return scores, rows
+        # As it was before there was an approximate index: rare, and slow.
+        scores = queries @ self._rows.T
+        rows = np.argsort(-scores, axis=1, kind="stable")
+        return np.take_along_axis(scores, rows, 1), rows
 
 
 def _best_first(

@@ -60,7 +60,7 @@ class Snapshot:
         broken_challengers: Mapping[Challenge, str] | None = None,
     ) -> Snapshot:
         """Build the index over the head's rows."""
-        index = CentroidIndex(head.rows, head.row_task, head.closeness())
+        index = CentroidIndex(head.rows, head.row_task, head.closeness(), head.approximate)
         return cls(
             revision, head, index, tasks, rejection, challengers or {}, broken_challengers or {}
         )

@@ -9,7 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 # What the format calls the types that a head has, in the order in which a file has them.
-_NAMES = {"int64": "I64", "float64": "F64", "float32": "F32", "int32": "I32", "int16": "I16"}
+_NAMES = {
+    "int64": "I64",
+    "float64": "F64",
+    "float32": "F32",
+    "int32": "I32",
+    "int16": "I16",
+    "uint8": "U8",
+}
 _ALIGNMENT = 8
 
 
