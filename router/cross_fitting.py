@@ -386,8 +386,9 @@ def _parts(fold: Fold) -> list[slice]:
     """The rows of a fold, in equal parts: as many, whatever the number of threads."""
     rows = len(fold.places)
     parts = -(-rows * (len(fold.starts) - 1) // _SCORES_AT_ONCE)
-    # Products of few rows take nearly as long as those of many.
-    cuts = np.linspace(0, rows, max(min(parts, rows // _CHUNK_ROWS), 1) + 1).astype(int)
+    # Two threads share five folds unevenly. Products of few rows take nearly as long as of many.
+    parts = max(min(max(parts, 2), rows // _CHUNK_ROWS), 1)
+    cuts = np.linspace(0, rows, parts + 1).astype(int)
     return [slice(begin, end) for begin, end in itertools.pairwise(cuts.tolist())]
 
 
