@@ -168,7 +168,7 @@ class CrossFitting:
             centered = fixed[kept].astype(np.float32) / np.float32(FIXED_POINT)
             centered -= fit.center.astype(np.float32)
             rows = fit_regression(centered, task_of[kept], len(tasks), metric)
-            return replace(fit, terms=(*fit.terms, Term(rows[alike[fit.row_task]])))
+            return replace(fit, terms=(*fit.terms, Term(rows[alike[fit.row_task]], of_tasks=True)))
 
         def of_fold(fold: Fold) -> Fold:
             # As in `fit`, where there is nothing else to fit to.
@@ -344,10 +344,15 @@ def _contested_in_fold(
     rows = np.flatnonzero(chosen)
     own_task = np.searchsorted(present, fold.task[rows])
     counted = [place for place, weight in enumerate(weights) if weight]
-    per_term = [
-        row_scores(fold.fit.terms[place].rows.astype(np.float32, copy=False), fold.centered[rows])
-        for place in counted
-    ]
+    starts = np.flatnonzero(np.diff(fold.fit.row_task, prepend=-1))
+    task_of_row = np.searchsorted(present, fold.fit.row_task)
+
+    def scores_of(term: Term) -> FloatArray:
+        if term.of_tasks:  # an eighth of the products, where a task has eight rows
+            return row_scores(term.rows[starts], fold.centered[rows])[:, task_of_row]
+        return row_scores(term.rows, fold.centered[rows])
+
+    per_term = [scores_of(fold.fit.terms[place]) for place in counted]
     together = np.zeros((len(rows), len(fold.fit.row_task)), np.float32)
     for place, scores in zip(counted, per_term, strict=True):
         together += np.float32(weights[place]) * scores
@@ -355,7 +360,6 @@ def _contested_in_fold(
     tasks = best_first(by_task)[:, :width]
     missing = ~(tasks == own_task[:, None]).any(1)
     tasks[missing, -1] = own_task[missing]
-    starts = np.flatnonzero(np.diff(fold.fit.row_task, prepend=-1))
     best_rows = _best_rows(together, starts, tasks)
     terms = [np.take_along_axis(scores, best_rows, 1) for scores in per_term]
     if closeness is not None:
@@ -382,8 +386,9 @@ def _parts(fold: Fold) -> list[slice]:
     """The rows of a fold, in equal parts: as many, whatever the number of threads."""
     rows = len(fold.places)
     parts = -(-rows * (len(fold.starts) - 1) // _SCORES_AT_ONCE)
-    # Products of few rows take nearly as long as those of many.
-    cuts = np.linspace(0, rows, max(min(parts, rows // _CHUNK_ROWS), 1) + 1).astype(int)
+    # Two threads share five folds unevenly. Products of few rows take nearly as long as of many.
+    parts = max(min(max(parts, 2), rows // _CHUNK_ROWS), 1)
+    cuts = np.linspace(0, rows, parts + 1).astype(int)
     return [slice(begin, end) for begin, end in itertools.pairwise(cuts.tolist())]
 
 

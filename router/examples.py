@@ -33,7 +33,8 @@ LEAST_EXAMPLES_PER_TASK = 4
 SHORTLIST = 5
 NEIGHBOURS = 5
 
-ForEach = Callable[[Callable[[TaskStatistics], Any], Iterable[TaskStatistics]], Iterable[Any]]
+ForEach = Callable[..., Iterable[Any]]
+"""`map`, or that of a pool of threads."""
 
 # How much of the cosine to its nearest neighbour an example gives up, and what a lone one does.
 _CROWDING = np.float32(0.25)
@@ -49,7 +50,7 @@ class Examples:
 
     Those of task t are `starts[t]` to `starts[t + 1]` (`starts` is `[K + 1]`). Example i of a task
     is its stored row i. Embeddings were centred at `center` `[D]` and whitened with `whitening`
-    `[D, R]`.
+    `[D, R]`. `made` is what `rows` gives, where it was made on the way.
     """
 
     vectors: NDArray[np.int16]
@@ -57,6 +58,7 @@ class Examples:
     starts: NDArray[np.int64]
     center: FloatArray
     whitening: FloatArray
+    made: FloatArray | None = None
 
     def fit(self, tasks: int, dimension: int) -> bool:
         """Whether these are examples for so many tasks in so many dimensions."""
@@ -77,6 +79,8 @@ class Examples:
 
     def rows(self) -> FloatArray:
         """Rows `[E, D + 1]`: with `[u ; 1]`, u a whitened unit vector, the cosine plus the bias."""
+        if self.made is not None:
+            return self.made
         rows = np.empty((len(self.vectors), self.vectors.shape[1] + 1), np.float32)
         np.divide(self.vectors, np.float32(FIXED_POINT), out=rows[:, :-1])
         rows[:, -1] = self.biases
@@ -105,28 +109,28 @@ def sample_examples(
     if not most:
         return None
 
-    def of_task(task: TaskStatistics) -> tuple[NDArray[np.int16], FloatArray]:
-        vectors = _floats(task.embeddings[:most])
-        vectors -= center
-        fixed = to_fixed_point(whitened(vectors, whitening))
-        return fixed, _crowding(fixed)
+    sizes = [min(len(task.embeddings), most) for task in tasks]
+    starts = np.cumsum([0, *sizes], dtype=np.int64)
+    vectors = np.empty((int(starts[-1]), len(center)), np.int16)
+    rows = np.empty((len(vectors), len(center) + 1), np.float32)
 
-    vectors, biases = zip(*for_each(of_task, tasks), strict=True)
-    return Examples(
-        np.concatenate(vectors),
-        np.concatenate(biases),
-        np.cumsum([0, *map(len, vectors)], dtype=np.int64),
-        center,
-        whitening,
-    )
+    def fill(task: TaskStatistics, begin: int, end: int) -> None:
+        centered = _floats(task.embeddings[:most])
+        centered -= center
+        vectors[begin:end] = to_fixed_point(whitened(centered, whitening))
+        mine = rows[begin:end]
+        np.divide(vectors[begin:end], np.float32(FIXED_POINT), out=mine[:, :-1])
+        mine[:, -1] = _crowding(mine[:, :-1])
+
+    list(for_each(fill, tasks, starts[:-1].tolist(), starts[1:].tolist()))
+    return Examples(vectors, rows[:, -1].copy(), starts, center, whitening, rows)
 
 
-def _crowding(fixed: NDArray[np.int16]) -> FloatArray:
-    """The bias `[n]` of each of a task's examples."""
-    vectors = _floats(fixed)
+def _crowding(vectors: FloatArray) -> FloatArray:
+    """The bias `[n]` of each of a task's examples `[n, D]`."""
     cosines = vectors @ vectors.T
     np.fill_diagonal(cosines, _LEAST_CLOSENESS)
-    nearest = cosines.max(1) if len(fixed) > 1 else np.full(1, _COSINE_WHEN_ALONE)
+    nearest = cosines.max(1) if len(vectors) > 1 else np.full(1, _COSINE_WHEN_ALONE)
     return np.asarray(-_CROWDING * nearest, np.float32)
 
 

@@ -52,11 +52,12 @@ class Background:
 class Term:
     """One term of a score: `rows[m] . [x - center ; 1] - (x - center)' offset (x - center)`.
 
-    rows `[M, D + 1]`, offset `[D, D]` or None.
+    rows `[M, D + 1]`, offset `[D, D]` or None. `of_tasks`: all rows of a task are the same one.
     """
 
     rows: RealArray
     offset: RealArray | None = None
+    of_tasks: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ from sentence_transformers import SentenceTransformer
 
 from router.backends.minilm_graph import PROMPT_WIDTH
 from router.backends.onnx_encoder import (
-    MAX_BATCH_TOKENS,
     NAME,
     POOLED_LAYERS,
     POOLING,
@@ -36,6 +35,9 @@ from router.backends.prompted_minilm import (
 )
 from router.errors import IncompatibleModelError, InvalidInputError
 from router.interfaces import Embeddings, FloatArray, HalfArray
+
+# Enough to keep a GPU busy.
+_MAX_BATCH_TOKENS = 4096
 
 
 class TorchEncoder:
@@ -114,7 +116,7 @@ class TorchEncoder:
         lengths = np.array(self._lengths(texts), np.int32)
         vectors = np.zeros((len(texts), self.dimension), np.float32)
         with torch.inference_mode():
-            for chosen in batches_by_length(np.minimum(lengths, self.window), MAX_BATCH_TOKENS):
+            for chosen in batches_by_length(np.minimum(lengths, self.window), _MAX_BATCH_TOKENS):
                 rows = [texts[row] for row in chosen]
                 vectors[chosen] = self._pooled(rows) if self._layers else self._own(rows)
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -207,7 +209,7 @@ class TorchMiniLM(TorchEncoder):
         vectors = np.zeros((len(texts), self.dimension), np.float32)
         for size in np.unique(sizes):  # those of one batch have one length
             rows = np.flatnonzero(sizes == size)
-            for chosen in batches_by_length(lengths[rows] + size, MAX_BATCH_TOKENS):
+            for chosen in batches_by_length(lengths[rows] + size, _MAX_BATCH_TOKENS):
                 places = rows[chosen]
                 tokens = self._tokens([texts[i] for i in places])
                 stacked = torch.from_numpy(

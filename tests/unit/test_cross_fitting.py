@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from router.cross_fitting import cross_fitting
 from router.examples import NEIGHBOURS, SHORTLIST, Closeness, sample_examples
-from router.fitting import combine, lda_fitter, step_metric
+from router.fitting import Term, combine, lda_fitter, step_metric
 from router.head import best_row_per_task
 from router.regression import PENALTY, fit_regression
 from router.statistics import FOLDS, PooledMoments, TaskStatistics
@@ -145,6 +147,30 @@ def test_contested_rows_are_compared_with_the_tasks_that_come_closest_and_their_
     np.testing.assert_allclose(contested.own_terms[0], scored.own[places], rtol=1e-4, atol=1e-4)
     best = contested.terms[0].max(1)
     np.testing.assert_allclose(best, scored.best[places], rtol=1e-4, atol=1e-4)
+
+
+def test_a_term_of_the_tasks_is_multiplied_once_a_task_and_counts_for_each_of_their_rows() -> None:
+    rng = np.random.default_rng(5)
+    tasks = [
+        random_task(f"task-{n:02}", rng, rows=20, dimension=DIMENSION, clusters=1 + n % 3)
+        for n in range(9)
+    ]
+    fitter, weights = lda_fitter(wide_background(DIMENSION), with_cosine=False), (0.0, 1.0, 1.0)
+    with cross_fitting(pooled(tasks)) as fitting:
+        _, folds = fitting.with_regression(*fitting.fit(fitter, lambda _: fitter))
+        assert all(fold.fit.terms[-1].of_tasks for fold in folds)
+        found = fitting.contested(folds, weights, None, 180)
+        by_row = [
+            replace(fold, fit=replace(fold.fit, terms=tuple(map(of_rows, fold.fit.terms))))
+            for fold in folds
+        ]
+        expected = fitting.contested(by_row, weights, None, 180)
+    np.testing.assert_array_equal(found.own, expected.own)
+    np.testing.assert_allclose(found.terms, expected.terms, rtol=1e-5, atol=1e-5)
+
+
+def of_rows(term: Term) -> Term:
+    return replace(term, of_tasks=False)
 
 
 def test_terms_without_weight_are_left_out_and_closeness_where_there_is_none() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -74,6 +76,14 @@ def test_closeness_is_the_mean_cosine_to_the_five_nearest_less_a_quarter_of_thei
             expected = 2 * np.sort(rows @ unit - nearest / 4)[-NEIGHBOURS:].mean()
             found = closeness.of(points - center, wanted)[row, column]
             assert found == pytest.approx(expected, abs=1e-3)
+
+
+def test_rows_that_were_made_on_the_way_are_those_of_the_stored_vectors() -> None:
+    rng = np.random.default_rng(3)
+    examples = sample_examples(tasks_of(rng, 7), rng.normal(size=8).astype(np.float32), PLAIN)
+    assert examples is not None
+    assert examples.made is not None
+    np.testing.assert_array_equal(examples.rows(), replace(examples, made=None).rows())
 
 
 def test_rows_of_the_fold_that_is_left_out_are_not_looked_at() -> None:

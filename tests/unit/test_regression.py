@@ -41,6 +41,49 @@ def fitted(vectors: np.ndarray, task: np.ndarray, tasks: int) -> tuple[np.ndarra
     return fit_regression(vectors - center, task, tasks, metric), center
 
 
+def by_the_book(
+    centered: np.ndarray, task: np.ndarray, tasks: int, metric: np.ndarray
+) -> tuple[np.ndarray, int]:
+    """The rows in float64, of steps that make every product; and how many were taken back."""
+    design = np.column_stack([centered, np.ones(len(task))]).astype(np.float64)
+    own = np.eye(tasks)[task]
+    penalty = PENALTY * np.square(centered).mean()
+    rows = ahead = np.zeros((tasks, design.shape[1]))
+    momentum, step, last_loss, taken_back = 1.0, 4.0, np.inf, 0
+    for _ in range(8):
+        likely = np.exp(design @ ahead.T)
+        likely /= likely.sum(1, keepdims=True)
+        loss = -np.log(likely[own > 0]).mean() + penalty / 2 * np.square(ahead[:, :-1]).sum()
+        if loss > last_loss + 1e-6 and step > 1:
+            ahead, momentum, step, last_loss = rows, 1.0, step / 2, np.inf
+            taken_back += 1
+            continue
+        gradient = (likely - own).T @ design / len(task)
+        gradient[:, :-1] += penalty * ahead[:, :-1]
+        gradient[:, :-1] = gradient[:, :-1] @ metric
+        gradient[:, -1] *= 2
+        moved, following = ahead - step * gradient, (1 + (1 + 4 * momentum**2) ** 0.5) / 2
+        ahead = moved + (momentum - 1) / following * (moved - rows)
+        rows, momentum, last_loss = moved, following, loss
+    return rows, taken_back
+
+
+@pytest.mark.parametrize(("shortened", "taken_back"), [(1.0, 0), (0.3, 1)])
+def test_products_that_are_known_without_making_them_are_what_they_would_be(
+    shortened: float, taken_back: int
+) -> None:
+    vectors, task = drawn(6, 40, seed=3)
+    vectors, task = vectors[task != 4], task[task != 4]  # a task may be without rows
+    # Centred where all rows are, of which these are some.
+    centered = vectors - vectors[:150].mean(0)
+    bound = np.cov(centered.T) / 2 + PENALTY * np.square(centered).mean() * np.eye(DIMENSION)
+    metric = np.linalg.inv(shortened * bound)
+    expected, times = by_the_book(centered, task, 6, metric)
+    found = fit_regression(centered, task, 6, metric.astype(np.float32))
+    assert times == taken_back
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
 def log_loss(rows: np.ndarray, centered: np.ndarray, task: np.ndarray) -> float:
     scores = centered @ rows[:, :-1].T + rows[:, -1]
     scores = scores - scores.max(1, keepdims=True)

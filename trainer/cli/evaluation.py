@@ -256,6 +256,7 @@ def stream(
     """
     with errors_for_people(as_json):
         from router.bootstrap import load_base_model, load_encoder
+        from router.memory import keep_freed_memory
         from trainer.commands import PolicyChange
         from trainer.evaluate_orders import evaluate_orders
         from trainer.evaluate_stream import StreamFiles, evaluate_stream, read_stream
@@ -268,6 +269,8 @@ def stream(
             remedy = "leave out one of the two" if order is not None else "add --no-prompt"
             raise InvalidInputError("--orders", f"{orders}, and {other}", remedy)
         make_folder(report)
+        if no_prompt:
+            keep_freed_memory()
         fields = EvaluationFields(
             text_field, task_field, None if no_prompt else output_field, instruction_field
         )
