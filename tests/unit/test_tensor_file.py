@@ -15,6 +15,7 @@ TENSORS = {
     "levels": np.array([[0.5, np.nan]]),
     "odd": np.arange(3, dtype=np.int16),
     "decided": np.arange(3, dtype=np.int32),
+    "bytes": np.arange(5, dtype=np.uint8),
     "none": np.zeros((0, 7), np.float32),
 }
 
