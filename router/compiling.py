@@ -124,7 +124,7 @@ def compile_head(
             if near:
                 whole, folds = fitting.with_regression(whole, folds)
         elif nearest_mean:
-            whole, folds = fit_nearest_mean(pool.total()), []
+            whole, folds = fit_nearest_mean(pool.first_moments()), []
         else:
             whole, folds = fitting.fit_sample(for_sample, chosen)
         center = whole.center.astype(np.float32)
