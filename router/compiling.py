@@ -27,6 +27,7 @@ from router.fitting import (
 )
 from router.head import CALIBRATION_LEVELS, CALIBRATION_STEPS, Head, empty_head
 from router.interfaces import FloatArray
+from router.sample_scores import SampleScores
 from router.sampling import sampled_rows
 from router.statistics import ChosenRows, Moments, PooledMoments, TaskStatistics
 from router.sums_only import thresholds_without_rows
@@ -81,8 +82,13 @@ def compile_head(
     encoder: str,
     dimension: int,
     background: Background,
+    sample_scores: SampleScores | None = None,
 ) -> Head:
-    """The head for the tasks in `pool`: the same bits for the same tasks in any order."""
+    """The head for the tasks in `pool`: the same bits for the same tasks in any order.
+
+    `sample_scores` remembers, from one call to the next, what a large catalog's calibration can use
+    again.
+    """
     tasks = pool.tasks
     if not tasks:
         return empty_head(encoder, dimension)
@@ -102,8 +108,6 @@ def compile_head(
         return lda_fitter(background, with_cosine=not near, single=True, general=general)
 
     def for_sample(total: Moments) -> Fitter:
-        if policy.head == "nearest-mean":
-            return fit_nearest_mean
         return lda_fitter(
             background,
             with_cosine=not near,
@@ -120,6 +124,8 @@ def compile_head(
             whole, folds = fitting.fit(fitter, for_folds)
             if near:
                 whole, folds = fitting.with_regression(whole, folds)
+        elif nearest_mean:
+            whole, folds = fit_nearest_mean(pool.first_moments()), []
         else:
             whole, folds = fitting.fit_sample(for_sample, chosen)
         center = whole.center.astype(np.float32)
@@ -132,9 +138,14 @@ def compile_head(
             weights = _weigh(fitting, weighed, closeness) if folds else _WEIGHTS_WITHOUT_ROWS
         counts = closeness is not None and weights.closeness > 0
         closeness = closeness.weighing(weights.closeness) if closeness and counts else None
-        held_out = fitting.score(folds, weights.terms, closeness)
+        if chosen is not None and nearest_mean:
+            remembered = SampleScores() if sample_scores is None else sample_scores
+            means = whole.terms[0].rows.astype(np.float32, copy=False)
+            held_out = remembered.of(pool, chosen, means, fitting.for_each)
+        else:
+            held_out = fitting.score(folds, weights.terms, closeness)
     thresholds, margin = _calibrate(held_out, len(tasks), policy)
-    if not folds:
+    if not len(held_out.task):
         thresholds = thresholds_without_rows(policy.head, tasks, policy.false_reject_rate)
     decided = np.where(held_out.best >= thresholds[held_out.winner], held_out.winner, REJECTED)
     term = combine(whole, weights.terms)

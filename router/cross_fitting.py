@@ -95,6 +95,8 @@ class CrossFitting:
     def __init__(self, pool: PooledMoments, threads: ThreadPoolExecutor) -> None:
         self._pool = pool
         self._threads = threads
+        self.for_each = threads.map
+        """As `map`, side by side."""
 
     def fit(self, fitter: Fitter, for_folds: Callable[[Moments], Fitter]) -> tuple[Fit, list[Fold]]:
         """The fit to all rows, and the folds that have rows, each with a fit without it.

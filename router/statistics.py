@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -127,7 +127,8 @@ class PooledMoments:
     """The moments of a changing set of tasks, fold by fold.
 
     Sums and second moments are carried along when tasks come and go, so that adding the N+1st task
-    costs that task's rows and not everybody's.
+    costs that task's rows and not everybody's. Second moments, which take most of the time, are
+    brought up to date when they are asked for.
 
     While a task keeps statistics only, each task is one cluster in the moments: a task that has
     several scores higher, and would draw rows from those that have one and set their thresholds.
@@ -137,6 +138,8 @@ class PooledMoments:
         self._grams = np.zeros((FOLDS, dimension, dimension))
         self._gram_without_rows = np.zeros((dimension, dimension))
         self._tasks: dict[TaskKey, TaskStatistics] = {}
+        # The tasks whose second moments are in the grams.
+        self._summed: dict[TaskKey, TaskStatistics] = {}
         self._in_order: list[TaskStatistics] = []
         # The clusters of the tasks in order: of task t those from `_first[t]` to `_first[t + 1]`.
         self._first = np.zeros(1, np.int64)
@@ -158,13 +161,10 @@ class PooledMoments:
     def update(self, tasks: Iterable[TaskStatistics]) -> None:
         """Make the pool hold exactly `tasks`."""
         wanted = {task.key: task for task in tasks}
-        going = [self._tasks[key] for key in self._tasks.keys() - wanted.keys()]
+        going = self._tasks.keys() - wanted.keys()
         coming = [wanted[key] for key in sorted(wanted.keys() - self._tasks.keys())]
-        with one_blas_thread():
-            self._accumulate(going, np.subtract)
-            self._accumulate(coming, np.add)
         if going:
-            self._leave({task.key for task in going})
+            self._leave(going)
         if coming:
             self._join(coming)
 
@@ -174,6 +174,7 @@ class PooledMoments:
             if task.key not in self._fold_sums:
                 self._fold_sums[task.key] = _sums_of_folds(task)
         of_tasks = [self._fold_sums[task.key] for task in self.tasks]
+        self._sum_up()
         return [
             self._comparable(
                 Moments(
@@ -189,6 +190,7 @@ class PooledMoments:
     def without_rows(self) -> Moments:
         """The `Moments` of the tasks that keep statistics only: they belong to no fold."""
         kept = np.repeat([task.sums is None for task in self.tasks], self.cluster_counts)
+        self._sum_up()
         return self._comparable(
             Moments(
                 np.where(kept, 0.0, self._counts),
@@ -200,13 +202,13 @@ class PooledMoments:
 
     def total(self) -> Moments:
         """The `Moments` of all rows, kept or not. They are the pool's own, until it changes."""
+        self._sum_up()
+        return replace(self.first_moments(), gram=self._grams.sum(0) + self._gram_without_rows)
+
+    def first_moments(self) -> Moments:
+        """As `total`, but `gram` is empty."""
         return self._comparable(
-            Moments(
-                self._counts,
-                self._sums.rows,
-                self._task_of(),
-                self._grams.sum(0) + self._gram_without_rows,
-            )
+            Moments(self._counts, self._sums.rows, self._task_of(), np.zeros((0, 0)))
         )
 
     def held_out(self, chosen: ChosenRows) -> Moments:
@@ -273,6 +275,15 @@ class PooledMoments:
         self._first = np.cumsum([0, *np.insert(self.cluster_counts, places, clusters)])
         self._in_order = sorted([*self._in_order, *coming], key=lambda task: task.key)
         self._tasks.update((task.key, task) for task in coming)
+
+    def _sum_up(self) -> None:
+        """Bring the second moments up to date with the tasks."""
+        going = [each for key, each in self._summed.items() if self._tasks.get(key) is not each]
+        coming = [each for key, each in self._tasks.items() if self._summed.get(key) is not each]
+        with one_blas_thread():
+            self._accumulate(going, np.subtract)
+            self._accumulate(coming, np.add)
+        self._summed = dict(self._tasks)
 
     def _accumulate(self, tasks: Sequence[TaskStatistics], change: np.ufunc) -> None:
         """Add the second moments of `tasks`, or subtract them: many rows in one product."""

@@ -25,6 +25,7 @@ from router.head import Head, empty_head
 from router.interfaces import Encoder
 from router.loading import check_encoder, read_statistics
 from router.rejection import RejectionPolicy
+from router.sample_scores import SampleScores
 from router.statistics import PooledMoments, TaskStatistics
 from router.tasks import Policy, TaskKey, TaskRecord
 from trainer.artifact_writer import ArtifactWriter
@@ -74,6 +75,7 @@ class Workshop:
         self._heads = ArtifactWriter(home / HEADS_FOLDER)
         self._background: Background | None = None
         self._pool = PooledMoments(encoder.dimension)
+        self._sample_scores = SampleScores()
         self._statistics: dict[TaskKey, TaskStatistics] = {}
         self._rows: dict[TaskKey, int] = {}
         self._live: tuple[int, list[TaskKey]] = (0, [])
@@ -272,6 +274,7 @@ class Workshop:
             encoder=self.encoder.fingerprint,
             dimension=self.encoder.dimension,
             background=self._measured_background(),
+            sample_scores=self._sample_scores,
         )
 
     def _compile_fast(

@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router import sampling
+from router import sample_scores, sampling
 from router.compiling import HEAD_KINDS, REJECTED, UNSCORED, changed_decisions, compile_head
 from router.cross_fitting import cross_fitting
 from router.fitting import fit_nearest_mean
 from router.head import Head
+from router.sample_scores import SampleScores
 from router.sampling import sampled_rows
-from router.statistics import FOLDS, PooledMoments, TaskStatistics
+from router.statistics import FOLDS, ChosenRows, PooledMoments, TaskStatistics
 from router.tasks import Policy, TaskKey
 from tests.catalogs import new_workshop, random_task, texts_of, wide_background, write_rows
 from trainer import lifecycle
@@ -41,7 +42,11 @@ def _every_catalog_is_large() -> Iterator[None]:
         yield
 
 
-def compiled(tasks: Iterable[TaskStatistics] | PooledMoments, kind: str = "auto") -> Head:
+def compiled(
+    tasks: Iterable[TaskStatistics] | PooledMoments,
+    kind: str = "auto",
+    remembered: SampleScores | None = None,
+) -> Head:
     pool = tasks if isinstance(tasks, PooledMoments) else PooledMoments(DIMENSION)
     if pool is not tasks:
         pool.update(tasks)  # type: ignore[arg-type]
@@ -51,6 +56,7 @@ def compiled(tasks: Iterable[TaskStatistics] | PooledMoments, kind: str = "auto"
         encoder="numbers:1",
         dimension=DIMENSION,
         background=wide_background(DIMENSION),
+        sample_scores=remembered,
     )
 
 
@@ -133,6 +139,57 @@ def test_a_retired_task_leaves_no_trace(tasks: list[TaskStatistics], kind: str, 
     for present in (tasks, [*tasks, passing], tasks):
         pool.update(present)
     assert compiled(pool, kind).to_bytes() == before
+
+
+def test_remembered_scores_give_the_same_bytes_whatever_came_and_went(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sample_scores, "_TASKS_PER_BLOCK", 4)
+    tasks = some_tasks(SAMPLED + 40, rows=9, clusters=2)
+    [revised] = some_tasks(1, seed=1)
+    twin = replace(tasks[5], key=TaskKey("another", 1))
+    remembered = SampleScores()
+    for now in [
+        tasks[:20],  # all of them in the sample
+        tasks[:80],
+        tasks,
+        tasks[:-1],
+        [revised, *tasks[1:]],  # of the same key: one that was not published in the end
+        [*tasks, twin],
+        tasks[:80],
+    ]:
+        found = compiled(now, "nearest-mean", remembered)
+        assert found.to_bytes() == compiled(now, "nearest-mean").to_bytes()
+
+
+def test_one_more_task_is_scored_with_its_block_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    scored: list[int] = []
+
+    def counting(sample: object, tasks: list[TaskStatistics], means: np.ndarray) -> object:
+        scored.append(len(tasks))
+        return score(sample, tasks, means)  # type: ignore[arg-type]
+
+    score = sample_scores._score
+    monkeypatch.setattr(sample_scores, "_score", counting)
+    monkeypatch.setattr(sample_scores, "_TASKS_PER_BLOCK", 4)
+    tasks, remembered = some_tasks(SAMPLED + 40, rows=9), SampleScores()
+    chosen = [sampled_rows(tasks[:count], count) for count in range(SAMPLED, len(tasks))]
+    # A task that is not in the sample itself.
+    more = next(n for n in range(20, 39) if same_sample(tasks, chosen[n], chosen[n + 1])) + SAMPLED
+    compiled(tasks[:more], "nearest-mean", remembered)
+    assert sum(scored) == more
+    scored.clear()
+    compiled(tasks[: more + 1], "nearest-mean", remembered)
+    [block] = scored
+    assert block < more / 4
+
+
+def same_sample(
+    tasks: list[TaskStatistics], some: ChosenRows | None, others: ChosenRows | None
+) -> bool:
+    assert some is not None
+    assert others is not None
+    return [tasks[n].key for n in some.task] == [tasks[n].key for n in others.task]
 
 
 def test_nearest_mean_rows_are_those_of_a_catalog_whose_rows_are_all_scored(

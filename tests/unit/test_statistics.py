@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from router import statistics
 from router.statistics import (
     FIXED_POINT,
     FOLDS,
@@ -177,6 +178,34 @@ def test_sums_stay_exact_for_many_rows_at_the_largest_values(rows: int) -> None:
     assert exact.max() > 2**44
     np.testing.assert_array_equal(total.gram.astype(np.int64), exact)
     np.testing.assert_array_equal(total.sums.astype(np.int64)[0], embeddings.sum(0, np.int64))
+
+
+def test_second_moments_are_summed_when_they_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    summed: list[int] = []
+
+    def counting(rows: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+        summed.append(len(rows))
+        return in_chunks(rows)
+
+    in_chunks = statistics._in_chunks
+    monkeypatch.setattr(statistics, "_in_chunks", counting)
+    rng = np.random.default_rng(3)
+    first, second, third = (
+        TaskStatistics(TaskKey(name, 1), rows_of(rng, 7), np.zeros(7, np.int16)) for name in "abc"
+    )
+    pool = pooled([first, second])
+    pool.update([second, third])
+    found = pool.first_moments()
+    assert sum(summed) == found.gram.size == 0
+    assert_equal(pool.total(), naive([second, third]))
+    np.testing.assert_array_equal(found.sums, pool.total().sums)
+    assert sum(summed) == 2 * FOLDS
+
+
+def rows_of(rng: np.random.Generator, count: int) -> np.ndarray:
+    return rng.integers(-99, 99, size=(count, DIMENSION)).astype(np.int16)
 
 
 def test_a_revision_of_a_task_is_another_task() -> None:
