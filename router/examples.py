@@ -4,7 +4,7 @@ Means and covariances smooth over what a task's rows are really like. The mean c
 nearest stored rows tells what they leave out: it decides between tasks that lie close together, and
 it keeps texts away that lie between a task's rows and text in general. Cosines are of centred and
 partly whitened embeddings (`router.whitening`). A row that is alone reaches further than one in a
-crowd: a quarter of the cosine to its own nearest neighbour is taken off (after the local outlier
+crowd: two fifths of the mean cosine to its own five nearest are taken off (after the local outlier
 factor, Breunig et al. 2000).
 
 A head keeps a bounded sample for that: at most 16,384 rows in all (36 MiB at 1,152 dimensions), the
@@ -36,8 +36,9 @@ NEIGHBOURS = 5
 ForEach = Callable[..., Iterable[Any]]
 """`map`, or that of a pool of threads."""
 
-# How much of the cosine to its nearest neighbour an example gives up, and what a lone one does.
-_CROWDING = np.float32(0.25)
+# How much of the cosine to its nearest neighbours an example gives up, and what that is for a lone
+# one. Of 0 to 0.75, and of 1 to 5 neighbours, chosen on rows of tasks that were left out.
+_CROWDING = np.float32(0.4)
 _COSINE_WHEN_ALONE = np.float32(0.5)
 
 # Less than any closeness, for a task none of whose rows may be looked at.
@@ -128,9 +129,12 @@ def sample_examples(
 
 def _crowding(vectors: FloatArray) -> FloatArray:
     """The bias `[n]` of each of a task's examples `[n, D]`."""
-    cosines = vectors @ vectors.T
-    np.fill_diagonal(cosines, _LEAST_CLOSENESS)
-    nearest = cosines.max(1) if len(vectors) > 1 else np.full(1, _COSINE_WHEN_ALONE)
+    others = min(len(vectors) - 1, NEIGHBOURS)
+    nearest = np.full(1, _COSINE_WHEN_ALONE)
+    if others:
+        cosines = vectors @ vectors.T
+        np.fill_diagonal(cosines, _LEAST_CLOSENESS)
+        nearest = _mean_of_highest(cosines, others)
     return np.asarray(-_CROWDING * nearest, np.float32)
 
 

@@ -22,7 +22,7 @@ def test_whitening_is_the_inverse_root_of_the_shrunk_covariance_up_to_a_factor()
     dimension = len(covariance)
     level = np.trace(covariance) / dimension
     values, vectors = np.linalg.eigh(covariance)
-    scales = np.sqrt(0.8 * level / (0.2 * values + 0.8 * level))
+    scales = np.sqrt(0.9 * level / (0.1 * values + 0.9 * level))
     scales[:-DIRECTIONS] = 1  # the narrowest are left as they are
     centered = np.random.default_rng(1).normal(size=(5, dimension)).astype(np.float32)
     expected = centered @ (vectors * scales) @ vectors.T
