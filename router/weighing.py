@@ -24,6 +24,9 @@ PENALTY = 0.1
 
 _STEPS = 50
 _LARGEST_STEP = 3.0
+_HALVINGS = 30
+# Of the log-likelihood: what a step may seem to lose where nothing is left to gain.
+_ROUNDING = 1e-9
 
 
 def weigh(
@@ -57,19 +60,39 @@ def weigh(
 def _fitted(
     terms: ExactArray, own: NDArray[np.int64], prior: ExactArray, penalties: ExactArray
 ) -> ExactArray:
-    """The penalised maximum of the likelihood, by Newton's method: it is concave."""
+    """The penalised maximum of the likelihood, by Newton's method: it is concave.
+
+    Where scores are sure of what is wrong, a whole step may lead far beyond: it is halved then.
+    """
     weights = prior.copy()
     right = terms[:, np.arange(len(own)), own]
+
+    def tried(at: ExactArray) -> tuple[float, ExactArray]:
+        """The penalised log-likelihood, and how likely each task is for each row `[N, S]`."""
+        scores = np.einsum("j,jns->ns", at, terms)
+        highest = scores.max(1, keepdims=True)
+        likely = np.exp(scores - highest)
+        total = likely.sum(1, keepdims=True)
+        likely /= total
+        value = (at @ right - highest[:, 0] - np.log(total[:, 0])).sum()
+        return float(value - 0.5 * (penalties * (at - prior) ** 2).sum()), likely
+
+    value, likely = tried(weights)
     for _ in range(_STEPS):
-        scores = np.einsum("j,jns->ns", weights, terms)
-        likely = np.exp(scores - scores.max(1, keepdims=True))
-        likely /= likely.sum(1, keepdims=True)
         expected = np.einsum("jns,ns->jn", terms, likely)
         gradient = (right - expected).sum(1) - penalties * (weights - prior)
         spread = np.einsum("jns,kns,ns->jk", terms, terms, likely) - expected @ expected.T
         step = np.linalg.solve(spread + np.diag(penalties), gradient)
         largest = float(np.abs(step).max())
-        weights += step * min(1.0, _LARGEST_STEP / max(largest, 1e-12))
+        step *= min(1.0, _LARGEST_STEP / max(largest, 1e-12))
+        before = value
+        for _ in range(_HALVINGS):
+            moved = weights + step
+            value, likely = tried(moved)
+            if value >= before - _ROUNDING * abs(before):
+                break
+            step /= 2
+        weights = moved
         if largest < 1e-6:
             break
     return weights

@@ -179,6 +179,18 @@ def test_the_dimensions_that_an_encoder_prompt_is_tuned_by_count_for_more() -> N
         assert (fitted.rows[:, :-1] @ torn + fitted.rows[:, -1]).argmax() == expected
 
 
+def test_what_is_learned_under_a_prompt_counts_less_where_plain_embeddings_tell_little() -> None:
+    prompted, outputs = clouds(60, 3, seed=1)
+
+    def spread(plain: FloatArray) -> float:
+        fitted = fit_classifier(plain, outputs, LABELS, LABEL_VECTORS, SignPrompting(prompted))
+        assert fitted is not None
+        return float((prompted @ fitted.rows[:, :-1].T).std())
+
+    vague, clear = (clouds(60, 3, seed=2, distance=distance)[0] for distance in (0.5, 1.0))
+    assert spread(vague) < 0.7 * spread(clear)
+
+
 def test_of_few_rows_the_classifier_reads_embeddings_under_a_prompt_tuned_on_all_of_them() -> None:
     vectors, outputs = clouds(60, 3, distance=0.3)
     prompted, _ = clouds(60, 3, seed=1, distance=1.0)

@@ -33,6 +33,20 @@ def test_weights_maximise_the_penalised_likelihood() -> None:
     np.testing.assert_allclose(weigh(terms, own, PRIOR), expected, atol=1e-4)
 
 
+def test_a_term_that_is_sure_of_what_is_wrong_is_shrunk_as_far_as_the_likelihood_asks() -> None:
+    terms, own = contest(np.random.default_rng(4), 60, (0.3,))
+    terms *= 8
+
+    def loss(weight: np.ndarray) -> float:
+        scores = weight * terms[0].astype(np.float64)
+        likely = scores[np.arange(60), own] - np.log(np.exp(scores).sum(1))
+        return float(-likely.sum() + 0.05 * ((weight - 1) ** 2).sum())
+
+    [weight] = weigh(terms, own, (1.0,))
+    assert weight < 0.2
+    assert weight == pytest.approx(minimize(loss, np.array([0.1])).x[0], abs=1e-4)
+
+
 def test_a_term_of_a_larger_penalty_takes_more_rows_to_count() -> None:
     strengths, shares = (1.5, 0.5), []
     for rows in (20, 3000):
