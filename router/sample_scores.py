@@ -24,8 +24,8 @@ from router.interfaces import FloatArray
 from router.statistics import FIXED_POINT, ChosenRows, PooledMoments, TaskStatistics
 from router.tasks import TaskKey
 
-# About; products of fewer take nearly as long.
-_TASKS_PER_BLOCK = 64
+# At most, about; products of fewer take nearly as long.
+_TASKS_PER_BLOCK = 256
 _CHUNK_ROWS = 1024
 
 
