@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -289,9 +288,10 @@ def page_of(found: Sequence[dict[str, object]]) -> str:
         "exact_ms": ("all rows, ms", ".3f"),
         "recall": ("recall", ".1%"),
     }
+    loads = [float(str(figures["load_of_machine"])) for figures in found]
     lines = [
         "# Scale\n",
-        *(__doc__ or "").split("\n\n")[2:4],
+        "\n\n".join((__doc__ or "").split("\n\n")[2:4]).strip(),
         "\n| " + " | ".join(title for title, _ in columns.values()) + " |",
         "|" + "---|" * len(columns),
     ]
@@ -306,8 +306,8 @@ def page_of(found: Sequence[dict[str, object]]) -> str:
         " dimension is that of",
         f"the embedded encoder. From {LEAST_ROWS:,} rows on the index is approximate.",
         "",
-        f"{os.cpu_count()} cores. Repeat with `{shlex.join(['python', *sys.argv])}`, or"
-        " `make bench-scale`.",
+        f"{os.cpu_count()} cores, load of the machine meanwhile {min(loads):.1f} to"
+        f" {max(loads):.1f}. Repeat with `make bench-scale`, which reads {DATA_VARIABLE}.",
     ]
     return "\n".join(lines) + "\n"
 
