@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router.errors import CorruptArtifactError
-from router.fitting import RealArray
 from router.interfaces import FloatArray
 
 LEAST_ROWS = 16_384
@@ -61,7 +60,9 @@ class ApproximateIndex:
         self._index = index
 
     @classmethod
-    def build(cls, rows: FloatArray, precision: RealArray | None) -> ApproximateIndex:
+    def build(
+        cls, rows: FloatArray, precision: NDArray[np.floating[Any]] | None
+    ) -> ApproximateIndex:
         """Index `rows` `[M, E]` of a discriminant with the `precision` `[D, D]`, D = E - 1.
 
         Without one, rows are like queries, of unit length. The same rows give the same index on
@@ -111,7 +112,9 @@ def _one_thread() -> Iterator[None]:
         faiss.omp_set_num_threads(before)
 
 
-def _points(rows: FloatArray, precision: RealArray | None) -> tuple[FloatArray, FloatArray]:
+def _points(
+    rows: FloatArray, precision: NDArray[np.floating[Any]] | None
+) -> tuple[FloatArray, FloatArray]:
     """The points `[M, R]` of rows `[M, E]`, and the map `[E, R]` of queries to points."""
     dimension = rows.shape[1] - 1
     spread = whitening = np.eye(dimension, dtype=np.float32)
