@@ -125,7 +125,7 @@ def _points(
         whitening = (directions * np.sqrt(precisions)).astype(np.float32)
     chosen = rows[:: -(-len(rows) // _MOST_FITTED_ROWS)]
     some = chosen[:, :-1] @ spread
-    stretch, origin = (1.0, np.zeros(dimension, np.float32))
+    stretch, origin = 1.0, np.zeros(dimension, np.float32)
     if precision is not None:
         stretch, origin = _stretch_and_origin(some, chosen[:, -1])
 

@@ -90,7 +90,7 @@ class CentroidIndex:
             into[met] = self._rows[found[met]] @ query
         if rows.shape[1] and np.isfinite(scores).sum(1).min() >= wanted:
             return scores, rows
-        # As it was before there was an approximate index: rare, and slow.
+        # More are wanted than it looks for, or too few were met: rare, and slow.
         scores = queries @ self._rows.T
         rows = np.argsort(-scores, axis=1, kind="stable")
         return np.take_along_axis(scores, rows, 1), rows
