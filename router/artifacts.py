@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from safetensors.numpy import load
 from router.errors import CorruptArtifactError
 
 MAX_ARTIFACT_BYTES = 1 << 30
+_REGISTER_AGAIN = "register the task again with --revise"
 
 
 class ArtifactReader:
@@ -48,6 +51,19 @@ class ArtifactReader:
             )
         return content
 
+    def read_tensors(self, sha256: str) -> Tensors:
+        """The tensors of the safetensors file `sha256`.
+
+        Raises:
+            CorruptArtifactError: not such a file.
+        """
+        try:
+            return Tensors(sha256, load(self.read(sha256)))
+        except (SafetensorError, ValueError, KeyError) as error:  # KeyError: a type NumPy lacks
+            raise CorruptArtifactError(
+                f"artifact {sha256[:12]}", "not a safetensors file", _REGISTER_AGAIN
+            ) from error
+
     def read_tensor(
         self, sha256: str, name: str, dtype: type[np.generic], width: int | None = None
     ) -> NDArray[np.generic]:
@@ -56,20 +72,31 @@ class ArtifactReader:
         Raises:
             CorruptArtifactError: not such a file, or another name, type, shape, or not finite.
         """
-        remedy = "register the task again with --revise"
-        try:
-            tensors = load(self.read(sha256))
-        except (SafetensorError, ValueError, KeyError) as error:  # KeyError: a type NumPy lacks
-            raise CorruptArtifactError(
-                f"artifact {sha256[:12]}", "not a safetensors file", remedy
-            ) from error
-        tensor = tensors.get(name)
+        return self.read_tensors(sha256).matrix(name, dtype, width)
+
+
+@dataclass(frozen=True, slots=True)
+class Tensors:
+    """The tensors of a file, and its digest."""
+
+    sha256: str
+    by_name: Mapping[str, NDArray[np.generic]]
+
+    def matrix(
+        self, name: str, dtype: type[np.generic], width: int | None = None
+    ) -> NDArray[np.generic]:
+        """The two-dimensional tensor `name`.
+
+        Raises:
+            CorruptArtifactError: another name, type, shape, or not finite.
+        """
+        of, tensor = f"artifact {self.sha256[:12]}", self.by_name.get(name)
         if tensor is None or tensor.ndim != 2 or tensor.dtype != dtype:
-            raise CorruptArtifactError(f"artifact {sha256[:12]}", f"no matrix {name!r}", remedy)
+            raise CorruptArtifactError(of, f"no matrix {name!r}", _REGISTER_AGAIN)
         if width is not None and tensor.shape[1] != width:
             raise CorruptArtifactError(
-                f"artifact {sha256[:12]}", f"{tensor.shape[1]} columns, not {width}", remedy
+                of, f"{tensor.shape[1]} columns, not {width}", _REGISTER_AGAIN
             )
         if np.issubdtype(dtype, np.floating) and not np.isfinite(tensor).all():
-            raise CorruptArtifactError(f"artifact {sha256[:12]}", "values not finite", remedy)
+            raise CorruptArtifactError(of, "values not finite", _REGISTER_AGAIN)
         return tensor

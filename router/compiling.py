@@ -6,6 +6,7 @@ them, thresholds are set on those scores, and the head that serves is then fitte
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,10 +16,12 @@ from numpy.typing import NDArray
 from router.approximate_index import LEAST_ROWS, ApproximateIndex
 from router.calibrating import fit_probability
 from router.cross_fitting import CrossFitting, Fold, HeldOutScores, cross_fitting
-from router.examples import Closeness, examples_per_task
+from router.examples import Closeness, Examples, examples_per_task
 from router.fitting import (
     Background,
+    Fit,
     Fitter,
+    Term,
     combine,
     fit_nearest_mean,
     general_precision,
@@ -29,7 +32,13 @@ from router.head import CALIBRATION_LEVELS, CALIBRATION_STEPS, Head, empty_head
 from router.interfaces import FloatArray
 from router.sample_scores import SampleScores
 from router.sampling import sampled_rows
-from router.statistics import ChosenRows, Moments, PooledMoments, TaskStatistics
+from router.statistics import (
+    ChosenRows,
+    Moments,
+    PooledMoments,
+    TaskStatistics,
+    sums_of_each,
+)
 from router.sums_only import thresholds_without_rows
 from router.tasks import Policy, TaskKey
 from router.weighing import PENALTY, weigh
@@ -54,6 +63,8 @@ _PRIOR_DISCRIMINANT = 2.0
 _PRIOR_COSINE = 1.0
 _PRIOR_REGRESSION, _REGRESSION_PENALTY = 0.0, 10.0
 _PRIOR_CLOSENESS = 2.0
+# How many tasks' means are worked out at a time.
+_MEANS_AT_ONCE = 1024
 # The covariance of text in general knows the rows of all tasks. One that knows a row makes it look
 # common, which matters until there are so many rows for each dimension: then the folds share one.
 _ROWS_TO_SHARE = 4
@@ -81,27 +92,87 @@ def compile_head(
     policy: Policy,
     encoder: str,
     dimension: int,
-    background: Background,
+    background: Background | None,
     sample_scores: SampleScores | None = None,
+    before: Head | None = None,
 ) -> Head:
     """The head for the tasks in `pool`: the same bits for the same tasks in any order.
 
+    `background` may be None where the policy's head is `nearest-mean`, which does not ask for it.
     `sample_scores` remembers, from one call to the next, what a large catalog's calibration can use
-    again.
+    again. `before` is a head of the same catalog: a large head takes over from it what is a matter
+    of single tasks.
     """
     tasks = pool.tasks
     if not tasks:
         return empty_head(encoder, dimension)
-    near = policy.head == "auto" and examples_per_task(len(tasks)) > 0
+    nearest_mean = policy.head == "nearest-mean"
+    centroids = len(tasks) if nearest_mean else int(pool.cluster_counts.sum())
+    chosen = sampled_rows(tasks, centroids)
+    with cross_fitting(pool) as fitting:
+        if nearest_mean and chosen is not None:
+            means = _means(tasks, dimension, _known_means(before, encoder))
+            remembered = SampleScores() if sample_scores is None else sample_scores
+            found = _Found(
+                means, remembered.of(pool, chosen, means.terms[0].rows, fitting.for_each)
+            )
+        elif nearest_mean:
+            whole, folds = fitting.fit(fit_nearest_mean, lambda _: fit_nearest_mean)
+            found = _Found(whole, fitting.score(folds, (1.0,)))
+        elif background is None:
+            raise ValueError(f"a head of kind {policy.head} needs a background")
+        else:
+            found = _discriminants(fitting, tasks, chosen, policy.head, background, dimension)
+    held_out, center = found.held_out, found.whole.center.astype(np.float32)
+    thresholds, margin = _calibrate(held_out, len(tasks), policy)
+    if not len(held_out.task):
+        thresholds = thresholds_without_rows(policy.head, tasks, policy.false_reject_rate)
+    decided = np.where(held_out.best >= thresholds[held_out.winner], held_out.winner, REJECTED)
+    term = combine(found.whole, found.weights.terms)
+    rows = term.rows.astype(np.float32, copy=False)
+    return Head(
+        kind=policy.head,
+        encoder=encoder,
+        tasks=tuple(task.key for task in tasks),
+        rows=rows,
+        row_task=found.whole.row_task,
+        thresholds=tuple(thresholds.tolist()),
+        ambiguity_margin=margin,
+        center=center,
+        background=None if term.offset is None else term.offset.astype(np.float32),
+        held_out=_of_all_rows(decided, tasks, chosen),
+        summary=_summary(held_out, decided, margin, policy),
+        probability=fit_probability(held_out),
+        examples=found.examples,
+        closeness_weight=found.weights.closeness,
+        calibration=_calibration(held_out, len(tasks)),
+        approximate=_approximate(rows, pool, policy) if len(rows) >= LEAST_ROWS else None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A fit to all rows, the scores of held-out ones, and what the terms of the fit count."""
+
+    whole: Fit
+    held_out: HeldOutScores
+    weights: _Weights = _Weights((1.0,))
+    examples: Examples | None = None
+
+
+def _discriminants(
+    fitting: CrossFitting,
+    tasks: Sequence[TaskStatistics],
+    chosen: ChosenRows | None,
+    kind: str,
+    background: Background,
+    dimension: int,
+) -> _Found:
+    near = kind == "auto" and examples_per_task(len(tasks)) > 0
     # Closeness to nothing cannot be compared with closeness to rows.
     near = near and all(task.sums is None for task in tasks)
-    fitter: Fitter = fit_nearest_mean
-    if policy.head != "nearest-mean":
-        fitter = lda_fitter(background, with_cosine=not near)
 
     def for_folds(total: Moments) -> Fitter:
-        if policy.head == "nearest-mean":
-            return fit_nearest_mean
         general = None
         if total.counts.sum() >= _ROWS_TO_SHARE * dimension:
             general = general_precision(total, background, single=True)
@@ -116,58 +187,48 @@ def compile_head(
             shared=shared_by_tasks(total, single=True),
         )
 
-    nearest_mean = policy.head == "nearest-mean"
-    centroids = len(tasks) if nearest_mean else int(pool.cluster_counts.sum())
-    chosen = sampled_rows(tasks, centroids)
-    with cross_fitting(pool) as fitting:
-        if chosen is None:
-            whole, folds = fitting.fit(fitter, for_folds)
-            if near:
-                whole, folds = fitting.with_regression(whole, folds)
-        elif nearest_mean:
-            whole, folds = fit_nearest_mean(pool.first_moments()), []
-        else:
-            whole, folds = fitting.fit_sample(for_sample, chosen)
-        center = whole.center.astype(np.float32)
-        examples = fitting.examples(center, background.whitening) if near else None
-        closeness = Closeness(examples, 1.0) if examples is not None else None
-        weights = _Weights((1.0,))
-        # A sample is in several parts, and rows enough to weigh the terms on are in one.
-        weighed = folds if chosen is None else folds[:1]
-        if policy.head != "nearest-mean":
-            weights = _weigh(fitting, weighed, closeness) if folds else _WEIGHTS_WITHOUT_ROWS
-        counts = closeness is not None and weights.closeness > 0
-        closeness = closeness.weighing(weights.closeness) if closeness and counts else None
-        if chosen is not None and nearest_mean:
-            remembered = SampleScores() if sample_scores is None else sample_scores
-            means = whole.terms[0].rows.astype(np.float32, copy=False)
-            held_out = remembered.of(pool, chosen, means, fitting.for_each)
-        else:
-            held_out = fitting.score(folds, weights.terms, closeness)
-    thresholds, margin = _calibrate(held_out, len(tasks), policy)
-    if not len(held_out.task):
-        thresholds = thresholds_without_rows(policy.head, tasks, policy.false_reject_rate)
-    decided = np.where(held_out.best >= thresholds[held_out.winner], held_out.winner, REJECTED)
-    term = combine(whole, weights.terms)
-    rows = term.rows.astype(np.float32, copy=False)
-    return Head(
-        kind=policy.head,
-        encoder=encoder,
-        tasks=tuple(task.key for task in tasks),
-        rows=rows,
-        row_task=whole.row_task,
-        thresholds=tuple(thresholds.tolist()),
-        ambiguity_margin=margin,
-        center=center,
-        background=None if term.offset is None else term.offset.astype(np.float32),
-        held_out=_of_all_rows(decided, tasks, chosen),
-        summary=_summary(held_out, decided, margin, policy),
-        probability=fit_probability(held_out),
-        examples=examples if closeness is not None else None,
-        closeness_weight=weights.closeness,
-        calibration=_calibration(held_out, len(tasks)),
-        approximate=_approximate(rows, pool, policy) if len(rows) >= LEAST_ROWS else None,
-    )
+    if chosen is None:
+        whole, folds = fitting.fit(lda_fitter(background, with_cosine=not near), for_folds)
+        if near:
+            whole, folds = fitting.with_regression(whole, folds)
+    else:
+        whole, folds = fitting.fit_sample(for_sample, chosen)
+    center = whole.center.astype(np.float32)
+    examples = fitting.examples(center, background.whitening) if near else None
+    closeness = Closeness(examples, 1.0) if examples is not None else None
+    # A sample is in several parts, and rows enough to weigh the terms on are in one.
+    weighed = folds if chosen is None else folds[:1]
+    weights = _weigh(fitting, weighed, closeness) if folds else _WEIGHTS_WITHOUT_ROWS
+    counts = closeness is not None and weights.closeness > 0
+    closeness = closeness.weighing(weights.closeness) if closeness and counts else None
+    held_out = fitting.score(folds, weights.terms, closeness)
+    return _Found(whole, held_out, weights, examples if closeness is not None else None)
+
+
+def _known_means(before: Head | None, encoder: str) -> Head | None:
+    """`before` where its rows are means of embeddings by this encoder, one of each task."""
+    if before is None or (before.kind, before.encoder) != ("nearest-mean", encoder):
+        return None
+    return before if len(before.rows) == len(before.tasks) else None
+
+
+def _means(tasks: Sequence[TaskStatistics], dimension: int, known: Head | None) -> Fit:
+    """What `fit_nearest_mean` makes of the tasks: rows that are `known` are taken over.
+
+    A mean is a matter of its own task, which its key tells from all others for ever.
+    """
+    place = {} if known is None else dict(zip(known.tasks, itertools.count()))
+    places = np.array([place.get(task.key, -1) for task in tasks])
+    rows = np.empty((len(tasks), dimension + 1), np.float32)
+    if known is not None:
+        # Without a mode that forgives, NumPy would make another copy first.
+        known.rows.take(places, axis=0, out=rows, mode="clip")
+    missing = np.flatnonzero(places < 0)
+    for begin in range(0, len(missing), _MEANS_AT_ONCE):
+        some = missing[begin : begin + _MEANS_AT_ONCE]
+        fit = fit_nearest_mean(sums_of_each([tasks[number] for number in some.tolist()]))
+        rows[some] = fit.terms[0].rows
+    return Fit((Term(rows),), np.zeros(dimension), np.arange(len(tasks)))
 
 
 def _approximate(rows: FloatArray, pool: PooledMoments, policy: Policy) -> ApproximateIndex:
@@ -184,7 +245,7 @@ def _of_all_rows(
     """The decisions on the rows that were scored, in the places `[N]` of all rows."""
     if chosen is None:
         return decided.astype(np.int32)
-    begins = np.cumsum([0, *(len(task.embeddings) for task in tasks)])
+    begins = np.cumsum([0, *(task.row_count for task in tasks)])
     held_out = np.full(begins[-1], UNSCORED, np.int32)
     held_out[begins[chosen.task] + chosen.row] = decided
     return held_out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -24,6 +24,9 @@ from router.tasks import TaskKey
 from router.tensor_file import tensor_file
 
 HEAD_FORMAT = 3
+ROWS_TENSOR = "rows"
+
+_ROW_BLOCKS = "row_blocks"
 
 CALIBRATION_STEPS = 20
 CALIBRATION_LEVELS = tuple(step / CALIBRATION_STEPS for step in range(1, CALIBRATION_STEPS))
@@ -102,15 +105,19 @@ class Head:
         """A safetensors file; equal heads give equal bytes."""
         return b"".join(self.to_file())
 
-    def to_file(self) -> list[memoryview]:
-        """The bytes of `to_bytes`, in parts."""
+    def to_file(self, row_blocks: Sequence[str] = ()) -> list[memoryview]:
+        """The bytes of `to_bytes`, in parts.
+
+        With `row_blocks` the rows are not among them, but the digests of the files that have them.
+        """
         tensors: dict[str, NDArray[np.generic]] = {
-            "rows": self.rows,
             "row_task": self.row_task,
             "thresholds": np.array(self.thresholds, np.float64),
             "center": self.center,
             "held_out": self.held_out,
         }
+        if not row_blocks:
+            tensors[ROWS_TENSOR] = self.rows
         if self.background is not None:
             tensors["background"] = self.background
         if self.examples is not None:
@@ -134,11 +141,16 @@ class Head:
         }
         if self.probability is not None:
             about["probability"] = asdict(self.probability)
-        return tensor_file(tensors, {"head": json.dumps(about, sort_keys=True)})
+        metadata = {"head": json.dumps(about, sort_keys=True)}
+        if row_blocks:
+            metadata[_ROW_BLOCKS] = json.dumps(row_blocks)
+        return tensor_file(tensors, metadata)
 
     @classmethod
-    def from_bytes(cls, content: bytes) -> Head:
-        """The head that `to_bytes` wrote.
+    def from_bytes(
+        cls, content: bytes, read_block: Callable[[str], FloatArray] | None = None
+    ) -> Head:
+        """The head that `to_file` wrote. `read_block` gives the rows of a block by its digest.
 
         Raises:
             CorruptArtifactError: not a head, of another format, or inconsistent in itself.
@@ -148,11 +160,14 @@ class Head:
             about = json.loads(_metadata(content)["head"])
             if about["format"] != HEAD_FORMAT:
                 raise ValueError(f"format {about['format']}")
+            blocks = row_blocks(content)
+            if blocks and read_block is not None:
+                tensors[ROWS_TENSOR] = np.concatenate([read_block(block) for block in blocks])
             head = cls(
                 about["kind"],
                 about["encoder"],
                 tuple(TaskKey(*key) for key in about["tasks"]),
-                tensors["rows"],
+                tensors[ROWS_TENSOR],
                 tensors["row_task"],
                 tuple(tensors["thresholds"].tolist()),
                 float(about["ambiguity_margin"]),
@@ -283,6 +298,16 @@ def _approximate(tensors: Mapping[str, NDArray[Any]]) -> ApproximateIndex | None
 def digest(content: bytes) -> str:
     """SHA-256 of an artifact, in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
+
+
+def row_blocks(content: bytes) -> list[str]:
+    """The digests of the files that have a head's rows, from its own; none where that has them.
+
+    Raises:
+        KeyError, ValueError: not a head.
+    """
+    blocks: list[str] = json.loads(_metadata(content).get(_ROW_BLOCKS, "[]"))
+    return blocks
 
 
 def _metadata(content: bytes) -> dict[str, str]:

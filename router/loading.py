@@ -27,11 +27,12 @@ from router.errors import (
     TaskOutOfServiceError,
 )
 from router.head import Head, empty_head
+from router.head_files import HeadReader
 from router.interfaces import FloatArray, HalfArray
 from router.label_classifier import LabelClassifier
 from router.rejection import RejectionPolicy
 from router.snapshot import Challenger, Snapshot
-from router.statistics import PooledMoments, TaskStatistics, TaskSums
+from router.statistics import PooledMoments, TaskStatistics, TaskSums, UnreadStatistics
 from router.tasks import (
     Policy,
     PromptMethod,
@@ -79,7 +80,7 @@ class SnapshotLoader:
 
     def __init__(self, home: Path, models: ServedModels) -> None:
         self._artifacts = ArtifactReader(home / ARTIFACTS_FOLDER)
-        self._heads = ArtifactReader(home / HEADS_FOLDER)
+        self._heads = HeadReader(home / HEADS_FOLDER)
         self._models = models
 
     def empty(self) -> Snapshot:
@@ -249,7 +250,7 @@ class SnapshotLoader:
         )
 
     def _read_head(self, sha256: str, keys: Sequence[TaskKey], encoder: str) -> Head:
-        head = Head.from_bytes(self._heads.read(sha256))
+        head = self._heads.read(sha256)
         if list(head.tasks) != list(keys) or head.encoder != encoder:
             raise CorruptArtifactError(
                 "compiled head", "of other tasks or of another encoder", "publish again"
@@ -269,23 +270,36 @@ def check_encoder(catalog: str, running: str) -> None:
         )
 
 
+def statistics_of(artifacts: ArtifactReader, record: TaskRecord) -> TaskStatistics:
+    """As `read_statistics`, but stored rows are read, or found to be damaged, at first need."""
+    if record.statistics_only:
+        return _read_sums(artifacts, record)
+    return UnreadStatistics(
+        record.key, record.data.rows, lambda: read_statistics(artifacts, record)
+    )
+
+
 def read_statistics(artifacts: ArtifactReader, record: TaskRecord) -> TaskStatistics:
     """The stored rows of a task, or the sums over them where that is all that was kept.
 
     Raises:
         CorruptArtifactError: missing, damaged or inconsistent.
     """
-    digest = record.embeddings_sha256
     if record.statistics_only:
         return _read_sums(artifacts, record)
     try:
-        embeddings = artifacts.read_tensor(digest, EMBEDDINGS_TENSOR, np.int16)
-        clusters = artifacts.read_tensor(digest, CLUSTERS_TENSOR, np.int16, width=1)[:, 0]
+        tensors = artifacts.read_tensors(record.embeddings_sha256)
+        embeddings = tensors.matrix(EMBEDDINGS_TENSOR, np.int16)
+        clusters = tensors.matrix(CLUSTERS_TENSOR, np.int16, width=1)[:, 0]
     except CorruptArtifactError as error:
         raise CorruptArtifactError(
             f"routing rows of {record.key}, {error.field}", error.value, error.remedy
         ) from error
-    if not len(embeddings) or len(clusters) != len(embeddings) or int(clusters.min()) < 0:
+    if (
+        not len(embeddings)
+        or not len(embeddings) == len(clusters) == record.data.rows
+        or int(clusters.min()) < 0
+    ):
         raise CorruptArtifactError(
             f"routing rows of {record.key}", "inconsistent", "register the task again"
         )
@@ -295,13 +309,13 @@ def read_statistics(artifacts: ArtifactReader, record: TaskRecord) -> TaskStatis
 
 
 def _read_sums(artifacts: ArtifactReader, record: TaskRecord) -> TaskStatistics:
-    digest = record.embeddings_sha256
     try:
-        sums = artifacts.read_tensor(digest, SUMS_TENSOR, np.int64)
-        counts = artifacts.read_tensor(digest, COUNTS_TENSOR, np.int64, width=1)[:, 0]
+        tensors = artifacts.read_tensors(record.embeddings_sha256)
+        sums = tensors.matrix(SUMS_TENSOR, np.int64)
+        counts = tensors.matrix(COUNTS_TENSOR, np.int64, width=1)[:, 0]
         dimension = sums.shape[1]
         width = dimension * (dimension + 1) // 2
-        triangle = artifacts.read_tensor(digest, GRAM_TENSOR, np.int64, width)
+        triangle = tensors.matrix(GRAM_TENSOR, np.int64, width)
     except CorruptArtifactError as error:
         raise CorruptArtifactError(
             f"routing sums of {record.key}, {error.field}", error.value, error.remedy

@@ -26,17 +26,17 @@ LEAST_SAMPLED_ROWS = 512
 
 def sampled_rows(tasks: Sequence[TaskStatistics], centroids: int) -> ChosenRows | None:
     """The rows that are scored, all of fold 0; None: all rows."""
-    rows = sum(len(task.embeddings) for task in tasks)
+    rows = sum(task.row_count for task in tasks)
     if rows * centroids <= MOST_PAIRS:
         return None
     wanted = max(SAMPLED_PAIRS // centroids, LEAST_SAMPLED_ROWS)
     most = -(-wanted // len(tasks))
-    digests = [_digest(task.key) for task in tasks]
+    digests = [key_digest(task.key) for task in tasks]
     chosen: list[tuple[int, int]] = []
     for number in sorted(range(len(tasks)), key=digests.__getitem__):
         if len(chosen) == wanted:
             break
-        rows_of_fold = range(0, len(tasks[number].embeddings), FOLDS)
+        rows_of_fold = range(0, tasks[number].row_count, FOLDS)
         mine = rows_of_fold[: min(most, wanted - len(chosen))]
         chosen += [(number, row) for row in mine]
     task, row = np.array(sorted(chosen), np.int64).T
@@ -44,5 +44,6 @@ def sampled_rows(tasks: Sequence[TaskStatistics], centroids: int) -> ChosenRows 
 
 
 @functools.lru_cache(1 << 16)
-def _digest(key: TaskKey) -> bytes:
+def key_digest(key: TaskKey) -> bytes:
+    """Eight bytes that say nothing of a task but which one it is."""
     return hashlib.blake2b(str(key).encode(), digest_size=8).digest()

@@ -24,6 +24,7 @@ FIXED_POINT = float(1 << 15)
 # Of 5 and 10, 5 rejects fresh rows at rates nearest to what is asked for, and fits least often.
 FOLDS = 5
 _CHUNK_ROWS = 4096
+_OF_ROWS = ("embeddings", "clusters")
 
 ExactArray = NDArray[np.float64]
 
@@ -54,6 +55,11 @@ class TaskStatistics:
     sums: TaskSums | None = None
 
     @property
+    def row_count(self) -> int:
+        """n, how many rows are kept."""
+        return len(self.embeddings)
+
+    @property
     def cluster_count(self) -> int:
         """How many clusters the rows are in."""
         return int(self.clusters.max()) + 1 if self.sums is None else len(self.sums.counts)
@@ -67,6 +73,36 @@ class TaskStatistics:
     def vectors(self) -> FloatArray:
         """The embeddings `[n, D]` as float32."""
         return self.embeddings.astype(np.float32) / np.float32(FIXED_POINT)
+
+
+class UnreadStatistics(TaskStatistics):
+    """The rows of a task, of which only the number is known until they are asked for.
+
+    A large catalog's head can be compiled from few of them. Threads may share it.
+    """
+
+    __slots__ = ("_read", "_row_count")
+
+    def __init__(self, key: TaskKey, row_count: int, read: Callable[[], TaskStatistics]) -> None:
+        """`read` gives the `row_count` rows, or raises what is wrong with them, at first need."""
+        # The fields of the rows stay empty: who asks for one of them comes to `__getattr__`.
+        values = {"key": key, "sums": None, "_row_count": row_count, "_read": read}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def row_count(self) -> int:
+        count: int = object.__getattribute__(self, "_row_count")
+        return count
+
+    def __getattr__(self, name: str) -> NDArray[np.int16]:
+        if name not in _OF_ROWS:
+            raise AttributeError(name)
+        read: TaskStatistics = object.__getattribute__(self, "_read")()
+        for field in _OF_ROWS:
+            object.__setattr__(self, field, getattr(read, field))
+        found: NDArray[np.int16] = getattr(read, name)
+        return found
 
 
 def to_fixed_point(vectors: FloatArray) -> NDArray[np.int16]:
@@ -127,8 +163,8 @@ class PooledMoments:
     """The moments of a changing set of tasks, fold by fold.
 
     Sums and second moments are carried along when tasks come and go, so that adding the N+1st task
-    costs that task's rows and not everybody's. Second moments, which take most of the time, are
-    brought up to date when they are asked for.
+    costs that task's rows and not everybody's. They are brought up to date when they are asked for:
+    second moments take most of the time, and some heads need neither.
 
     While a task keeps statistics only, each task is one cluster in the moments: a task that has
     several scores higher, and would draw rows from those that have one and set their thresholds.
@@ -141,7 +177,9 @@ class PooledMoments:
         # The tasks whose second moments are in the grams.
         self._summed: dict[TaskKey, TaskStatistics] = {}
         self._in_order: list[TaskStatistics] = []
-        # The clusters of the tasks in order: of task t those from `_first[t]` to `_first[t + 1]`.
+        # The tasks whose sums are in the next three, in order.
+        self._added: list[TaskStatistics] = []
+        # Their clusters: of task t those from `_first[t]` to `_first[t + 1]`.
         self._first = np.zeros(1, np.int64)
         self._counts = np.zeros(0)
         self._sums = OrderedRows(dimension)
@@ -156,17 +194,22 @@ class PooledMoments:
     @property
     def cluster_counts(self) -> NDArray[np.int64]:
         """How many clusters each task has `[K]`."""
+        self._add_up()
         return np.diff(self._first)
 
     def update(self, tasks: Iterable[TaskStatistics]) -> None:
         """Make the pool hold exactly `tasks`."""
         wanted = {task.key: task for task in tasks}
         going = self._tasks.keys() - wanted.keys()
-        coming = [wanted[key] for key in sorted(wanted.keys() - self._tasks.keys())]
-        if going:
-            self._leave(going)
-        if coming:
-            self._join(coming)
+        coming = [wanted[key] for key in wanted.keys() - self._tasks.keys()]
+        if not going and not coming:
+            return
+        for key in going:
+            del self._tasks[key]
+            self._fold_sums.pop(key, None)
+        self._tasks.update((task.key, task) for task in coming)
+        stay = [task for task in self._in_order if task.key not in going]
+        self._in_order = sorted([*stay, *coming], key=lambda task: task.key)
 
     def by_fold(self) -> list[Moments]:
         """One `Moments` per fold, all with the same clusters."""
@@ -207,6 +250,7 @@ class PooledMoments:
 
     def first_moments(self) -> Moments:
         """As `total`, but `gram` is empty."""
+        self._add_up()
         return self._comparable(
             Moments(self._counts, self._sums.rows, self._task_of(), np.zeros((0, 0)))
         )
@@ -216,22 +260,19 @@ class PooledMoments:
 
         `gram` is empty. Clusters that are left without rows are not among them.
         """
-        task_of = self._task_of()
-        clusters = np.flatnonzero(np.isin(task_of, chosen.task))
-        cluster_of_row = self._first[chosen.task] + chosen.of(
-            lambda task: self.tasks[task].clusters
-        )
-        counts, sums = _sums_by_cluster(
+        numbers, place = np.unique(chosen.task, return_inverse=True)
+        counts, sums, first = _sums_of_tasks([self.tasks[number] for number in numbers.tolist()])
+        taken_counts, taken_sums = _sums_by_cluster(
             chosen.of(lambda task: self.tasks[task].embeddings),
-            np.searchsorted(clusters, cluster_of_row),
-            len(clusters),
+            first[place] + chosen.of(lambda task: self.tasks[task].clusters),
+            len(counts),
         )
-        left = self._counts[clusters] - counts
+        left = counts - taken_counts
         return self._comparable(
             Moments(
                 left[left > 0],
-                (self._sums.rows[clusters] - sums)[left > 0],
-                task_of[clusters][left > 0],
+                (sums - taken_sums)[left > 0],
+                np.repeat(numbers, np.diff(first))[left > 0],
                 np.zeros((0, 0)),
             )
         )
@@ -252,29 +293,38 @@ class PooledMoments:
         """The number of each cluster's task."""
         return np.repeat(np.arange(len(self._in_order)), self.cluster_counts)
 
+    def _add_up(self) -> None:
+        """Bring counts and sums up to date with the tasks."""
+        if self._added is self._in_order:
+            return
+        gone = {task.key for task in self._added if self._tasks.get(task.key) is not task}
+        if gone:
+            self._leave(gone)
+        known = {task.key for task in self._added}
+        coming = [task for task in self._in_order if task.key not in known]
+        if coming:
+            self._join(coming)
+        self._added = self._in_order
+
     def _leave(self, gone: Collection[TaskKey]) -> None:
-        stays = np.array([task.key not in gone for task in self._in_order])
-        kept = np.repeat(stays, self.cluster_counts)
+        sizes = np.diff(self._first)
+        stays = np.array([task.key not in gone for task in self._added])
+        kept = np.repeat(stays, sizes)
         self._sums.remove(np.flatnonzero(~kept).tolist())
         self._counts = self._counts[kept]
-        self._first = np.cumsum([0, *self.cluster_counts[stays]])
-        self._in_order = [task for task in self._in_order if task.key not in gone]
-        for key in gone:
-            del self._tasks[key]
-            self._fold_sums.pop(key, None)
+        self._first = np.cumsum([0, *sizes[stays]])
+        self._added = [task for task in self._added if task.key not in gone]
 
     def _join(self, coming: Sequence[TaskStatistics]) -> None:
         """Take up tasks, which are in canonical order, at their places."""
-        keys = [task.key for task in self._in_order]
+        keys = [task.key for task in self._added]
         places = [bisect.bisect(keys, task.key) for task in coming]
-        counts, sums = zip(*(_sums_of_task(task) for task in coming), strict=True)
-        clusters = np.array([len(each) for each in counts])
+        counts, sums, first = _sums_of_tasks(coming)
+        clusters = np.diff(first)
         before = np.repeat(self._first[places], clusters)
-        self._sums.insert(before.tolist(), np.concatenate(sums))
-        self._counts = np.insert(self._counts, before, np.concatenate(counts))
-        self._first = np.cumsum([0, *np.insert(self.cluster_counts, places, clusters)])
-        self._in_order = sorted([*self._in_order, *coming], key=lambda task: task.key)
-        self._tasks.update((task.key, task) for task in coming)
+        self._sums.insert(before.tolist(), sums)
+        self._counts = np.insert(self._counts, before, counts)
+        self._first = np.cumsum([0, *np.insert(np.diff(self._first), places, clusters)])
 
     def _sum_up(self) -> None:
         """Bring the second moments up to date with the tasks."""
@@ -294,6 +344,32 @@ class PooledMoments:
         for fold in range(FOLDS):
             for rows in _in_chunks([embeddings[fold::FOLDS] for embeddings in kept]):
                 change(self._grams[fold], rows.T @ rows, out=self._grams[fold])
+
+
+def sums_of_each(tasks: Sequence[TaskStatistics]) -> Moments:
+    """The `Moments` of tasks, in this order, for heads that need no more of them.
+
+    Each task is one cluster, and `gram` is empty.
+    """
+    counts, sums, first = _sums_of_tasks(tasks)
+    return Moments(
+        np.add.reduceat(counts, first[:-1]),
+        np.add.reduceat(sums, first[:-1], axis=0),
+        np.arange(len(tasks)),
+        np.zeros((0, 0)),
+    )
+
+
+def _sums_of_tasks(
+    tasks: Sequence[TaskStatistics],
+) -> tuple[ExactArray, ExactArray, NDArray[np.int64]]:
+    """Exact counts `[M]` and sums `[M, D]` of the clusters of tasks, and where each task begins.
+
+    Task t has clusters `first[t]` to `first[t + 1]`.
+    """
+    counts, sums = zip(*(_sums_of_task(task) for task in tasks), strict=True)
+    first = np.cumsum([0, *(len(each) for each in counts)])
+    return np.concatenate(counts), np.concatenate(sums), first
 
 
 def _sums_of_task(task: TaskStatistics) -> tuple[ExactArray, ExactArray]:

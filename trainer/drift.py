@@ -22,11 +22,11 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import fisher_exact, kstwobign
 
-from router.artifacts import ArtifactReader
 from router.catalog import HEADS_FOLDER, CatalogReader
 from router.decision_log import older
 from router.errors import InvalidInputError
 from router.head import CALIBRATION_LEVELS, Head
+from router.head_files import HeadReader
 
 LEVEL = 0.01
 LEAST_DISTANCE = 0.15
@@ -132,7 +132,7 @@ def measure_drift(
         )
     with CatalogReader(home) as catalog:
         digest = catalog.revision(revision).head_sha256
-    head = Head.from_bytes(ArtifactReader(home / HEADS_FOLDER).read(digest))
+    head = HeadReader(home / HEADS_FOLDER).read(digest)
     return Drift(
         revision,
         len(used),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from router.errors import (
 from router.fitting import Background
 from router.head import Head, empty_head
 from router.interfaces import Encoder
-from router.loading import check_encoder, read_statistics
+from router.loading import check_encoder, statistics_of
 from router.rejection import RejectionPolicy
 from router.sample_scores import SampleScores
 from router.statistics import PooledMoments, TaskStatistics
@@ -33,6 +32,7 @@ from trainer.catalog_writer import CatalogWriter, Publication
 from trainer.challenge_rules import standing_challenges
 from trainer.commands import PolicyChange
 from trainer.gate import GateReport, check, measure
+from trainer.head_writer import HeadWriter
 from trainer.policies import changed_policy
 
 _KEPT_HEADS = 16
@@ -43,7 +43,7 @@ class Published:
     """What a publish did: the new catalog revision, its head, and the decisions that changed.
 
     `gate` is what new tasks did to the others, where that was asked for; of a challenger, what it
-    would do in the place of the current revision. `head_bytes` is the size of the head's file.
+    would do in the place of the current revision. `head_bytes` is the size of the head's files.
     `challenges` are those that there are now, and `ended` those that there are no more.
     """
 
@@ -72,7 +72,7 @@ class Workshop:
         self.encoder = encoder
         self.catalog = CatalogWriter(home)
         self.artifacts = ArtifactWriter(home / ARTIFACTS_FOLDER)
-        self._heads = ArtifactWriter(home / HEADS_FOLDER)
+        self._heads = HeadWriter(home / HEADS_FOLDER)
         self._background: Background | None = None
         self._pool = PooledMoments(encoder.dimension)
         self._sample_scores = SampleScores()
@@ -158,14 +158,12 @@ class Workshop:
             CatalogBusyError: of `other_encoder`, a task came meanwhile.
         """
         try:
-            published = self._publish(
+            return self._publish(
                 action, records, live, change, gate_limit, force, challenge, ended, other_encoder
             )
         except BaseException:
             self._forget(records)
             raise
-        self._prune_heads(published.revision)
-        return published
 
     def _publish(
         self,
@@ -202,12 +200,12 @@ class Workshop:
                 )
             stood = [stored.challenge for stored in catalog.challengers(parent)]
             stand = standing_challenges(stood, tasks, challenge, ended)
-            head = self._compile(tasks.values(), new, policy)
+            before = self._read_head_if_whole(parent)
+            head = self._compile(tasks.values(), new, policy, before)
             challengers = {
-                each: self._compile({**tasks, each.task: each.key}.values(), new, policy)
+                each: self._compile({**tasks, each.task: each.key}.values(), new, policy, before)
                 for each in stand
             }
-            before = self._read_head_if_whole(parent)
             heads = [each for each in (before, head, *challengers.values()) if each is not None]
             rows = self._rows_of(heads)
             changed = changed_decisions(before, head, rows) if before is not None else {}
@@ -227,8 +225,10 @@ class Workshop:
                 forced = {record.key for record in records if record.forced_reason}
                 check(gate, () if force else {*arriving} - forced, gate_limit)
             fast_head = self._compile_fast(tasks.values(), new, policy)
-            file = head.to_file()
-            head_sha256 = self._heads.write(*file)
+            others = {each: self._heads.write(compiled) for each, compiled in challengers.items()}
+            fast_sha256 = self._heads.write(fast_head)[0] if fast_head is not None else None
+            # Last, as that is what the next one will be like.
+            head_sha256, head_bytes = self._heads.write(head)
             gone = tuple(each for each in stood if each.key not in {left.key for left in stand})
             revision = catalog.append(
                 Publication(
@@ -246,16 +246,13 @@ class Workshop:
                         **({"forced": force} if force else {}),
                         **({"cascade": fast_head.summary} if fast_head is not None else {}),
                     },
-                    tuple(
-                        StoredChallenger(each, self._heads.write(*compiled.to_file()))
-                        for each, compiled in challengers.items()
-                    ),
-                    self._heads.write(*fast_head.to_file()) if fast_head is not None else None,
+                    tuple(StoredChallenger(each, sha256) for each, (sha256, _) in others.items()),
+                    fast_sha256,
                 )
             )
+            self._prune_heads(revision)
             self._compiled = (head_sha256, head)
         self._live = (revision, sorted(tasks.values()))
-        head_bytes = sum(part.nbytes for part in file)
         return Published(revision, head, head.summary, changed, gate, head_bytes, stand, gone)
 
     def _live_at(self, revision: int) -> list[TaskKey]:
@@ -265,7 +262,11 @@ class Workshop:
         return self._live[1]
 
     def _compile(
-        self, keys: Iterable[TaskKey], new: Mapping[TaskKey, TaskRecord], policy: Policy
+        self,
+        keys: Iterable[TaskKey],
+        new: Mapping[TaskKey, TaskRecord],
+        policy: Policy,
+        before: Head | None,
     ) -> Head:
         self._pool.update(self._task_statistics(key, new) for key in keys)
         return compile_head(
@@ -273,8 +274,10 @@ class Workshop:
             policy=policy,
             encoder=self.encoder.fingerprint,
             dimension=self.encoder.dimension,
-            background=self._measured_background(),
+            # Which takes a second of a process.
+            background=None if policy.head == "nearest-mean" else self._measured_background(),
             sample_scores=self._sample_scores,
+            before=before,
         )
 
     def _compile_fast(
@@ -324,7 +327,7 @@ class Workshop:
                     f"the catalog is of {self.encoder.fingerprint} now; register the task again"
                     " with --revise",
                 )
-            self._statistics[key] = read_statistics(self.artifacts, record)
+            self._statistics[key] = statistics_of(self.artifacts, record)
         return self._statistics[key]
 
     def _rows_of(self, heads: Iterable[Head]) -> Mapping[TaskKey, int]:
@@ -339,7 +342,7 @@ class Workshop:
         """How many rows a task keeps; also of one whose stored rows are damaged, to retire it."""
         statistics = self._statistics.get(key)
         if statistics is not None:
-            return len(statistics.embeddings)
+            return statistics.row_count
         record = self.catalog.record(key)
         return 0 if record.statistics_only else record.data.rows
 
@@ -356,29 +359,17 @@ class Workshop:
         sha256 = self.catalog.revision(revision).head_sha256
         if self._compiled is not None and self._compiled[0] == sha256:
             return self._compiled[1]
-        return Head.from_bytes(self._heads.read(sha256))
+        return self._heads.read(sha256)
 
     def _prune_heads(self, newest: int) -> None:
-        """Remove heads that only old revisions use: they can be compiled again from the records."""
-        if newest <= _KEPT_HEADS:
-            return
-        recent = {
-            head
-            for revision in range(newest - _KEPT_HEADS + 1, newest + 1)
-            for head in self._heads_of(revision)
-        }
-        for old in self._heads_of(newest - _KEPT_HEADS) - recent:
-            with contextlib.suppress(OSError):
-                self._heads.path(old).unlink()
+        """Remove heads that only old revisions use: they can be compiled again from the records.
 
-    def _heads_of(self, revision: int) -> set[str]:
-        challengers = self.catalog.challengers(revision)
-        fast_head = self.catalog.fast_head(revision)
-        return (
-            {self.catalog.revision(revision).head_sha256}
-            | {stored.head_sha256 for stored in challengers}
-            | ({fast_head} if fast_head is not None else set())
-        )
+        While other writers are held off: none can be about to use a part of such a head again.
+        """
+        last = newest - _KEPT_HEADS
+        if last > 0:
+            recent = self.catalog.head_digests(last + 1, newest)
+            self._heads.remove(self.catalog.head_digests(last, last) - recent, recent)
 
 
 def _challenges_document(
