@@ -7,6 +7,7 @@ them, thresholds are set on those scores, and the head that serves is then fitte
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -133,7 +134,7 @@ def compile_head(
     return Head(
         kind=policy.head,
         encoder=encoder,
-        tasks=tuple(task.key for task in tasks),
+        tasks=tuple(map(operator.attrgetter("key"), tasks)),
         rows=rows,
         row_task=found.whole.row_task,
         thresholds=tuple(thresholds.tolist()),
@@ -217,8 +218,8 @@ def _means(tasks: Sequence[TaskStatistics], dimension: int, known: Head | None) 
 
     A mean is a matter of its own task, which its key tells from all others for ever.
     """
-    place = {} if known is None else dict(zip(known.tasks, itertools.count()))
-    places = np.array([place.get(task.key, -1) for task in tasks])
+    number_of = {} if known is None else known.number_of
+    places = np.array([number_of.get(task.key, -1) for task in tasks])
     rows = np.empty((len(tasks), dimension + 1), np.float32)
     if known is not None:
         # Without a mode that forgives, NumPy would make another copy first.
@@ -245,7 +246,7 @@ def _of_all_rows(
     """The decisions on the rows that were scored, in the places `[N]` of all rows."""
     if chosen is None:
         return decided.astype(np.int32)
-    begins = np.cumsum([0, *(task.row_count for task in tasks)])
+    begins = np.cumsum([0, *map(operator.attrgetter("row_count"), tasks)], dtype=np.int64)
     held_out = np.full(begins[-1], UNSCORED, np.int32)
     held_out[begins[chosen.task] + chosen.row] = decided
     return held_out
@@ -257,17 +258,37 @@ def changed_decisions(before: Head, after: Head, rows: Mapping[TaskKey, int]) ->
     `rows` is the number of stored rows of each task of either head. Tasks are compared by key:
     a row that moves to a revised task counts as changed.
     """
-    number = {key: n for n, key in enumerate(after.tasks)}
+    number_of = after.number_of
     # Last, where REJECTED looks: rejected before and after is no change.
-    translated = np.array([*(number.get(key, _GONE) for key in before.tasks), REJECTED])
-    old, new = held_out_by_task(before, rows), held_out_by_task(after, rows)
-    changed = {}
-    for key in old.keys() & new.keys():
-        scored = (old[key] != UNSCORED) & (new[key] != UNSCORED)
-        differing = int((translated[old[key][scored]] != new[key][scored]).sum())
-        if differing:
-            changed[str(key)] = differing
-    return changed
+    translated = np.array([*map(number_of.get, before.tasks, itertools.repeat(_GONE)), REJECTED])
+    old_task, old_row, old = _scored(before, rows)
+    new_task, new_row, new = _scored(after, rows)
+    stays = translated[old_task] >= 0
+    old_task, old_row, old = translated[old_task[stays]], old_row[stays], old[stays]
+    widest = 1 + max(old_row.max(initial=0), new_row.max(initial=0))
+    _, of_old, of_new = np.intersect1d(
+        old_task * widest + old_row,
+        new_task * widest + new_row,
+        assume_unique=True,
+        return_indices=True,
+    )
+    differing = new_task[of_new][translated[old[of_old]] != new[of_new]]
+    tasks, counts = np.unique(differing, return_counts=True)
+    return {
+        str(after.tasks[task]): count
+        for task, count in zip(tasks.tolist(), counts.tolist(), strict=True)
+    }
+
+
+def _scored(
+    head: Head, rows: Mapping[TaskKey, int]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
+    """Of each row that was scored: its task's number, its own, and what it was decided for."""
+    ends = np.cumsum([*map(rows.__getitem__, head.tasks)], dtype=np.int64)
+    scored = np.flatnonzero(head.held_out != UNSCORED)
+    task = np.searchsorted(ends, scored, side="right")
+    begins = np.concatenate([[0], ends])
+    return task, scored - begins[task], head.held_out[scored]
 
 
 def held_out_by_task(head: Head, rows: Mapping[TaskKey, int]) -> dict[TaskKey, NDArray[np.int32]]:
@@ -275,7 +296,7 @@ def held_out_by_task(head: Head, rows: Mapping[TaskKey, int]) -> dict[TaskKey, N
 
     Or `REJECTED`, or `UNSCORED`. Tasks of which no row was scored are left out.
     """
-    ends = np.cumsum([rows[key] for key in head.tasks], dtype=np.int64)
+    ends = np.cumsum([*map(rows.__getitem__, head.tasks)], dtype=np.int64)
     scored = np.flatnonzero(head.held_out != UNSCORED)
     if len(scored) == len(head.held_out):
         return dict(zip(head.tasks, np.split(head.held_out, ends), strict=False))
@@ -340,12 +361,14 @@ def _thresholds(scores: HeldOutScores, tasks: int, rate: float) -> FloatArray:
     finite = scores.own[np.isfinite(scores.own)]
     overall = _conformal(finite, rate)
     thresholds = np.full(tasks, overall, np.float32)
-    for number in np.unique(scores.task):
-        own = scores.own[(scores.task == number) & np.isfinite(scores.own)]
-        weight = len(own) / (len(own) + _SHRINKAGE_ROWS)
-        enough = int(rate * (len(own) + 1)) >= 1
-        mine = _conformal(own, rate) if enough else overall
-        thresholds[number] = weight * mine + (1 - weight) * overall
+    numbers, place = np.unique(scores.task, return_inverse=True)
+    usable = np.isfinite(scores.own)
+    rows = np.bincount(place[usable], minlength=len(numbers))
+    mine = np.full(len(numbers), overall)
+    for number in np.flatnonzero((rate * (rows + 1)).astype(np.int64) >= 1):
+        mine[number] = _conformal(scores.own[usable & (place == number)], rate)
+    weight = rows / (rows + _SHRINKAGE_ROWS)
+    thresholds[numbers] = weight * mine + (1 - weight) * overall
     return thresholds
 
 

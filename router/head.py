@@ -67,6 +67,11 @@ class Head:
     calibration: NDArray[np.float64] | None = None
     approximate: ApproximateIndex | None = None
 
+    @cached_property
+    def number_of(self) -> Mapping[TaskKey, int]:
+        """The number of each task."""
+        return dict(zip(self.tasks, range(len(self.tasks)), strict=True))
+
     def queries(self, vectors: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Embeddings `[B, D]` to queries `[B, D + 1]` for the rows, and score offsets `[B]`."""
         queries = self._queries(vectors)
@@ -134,7 +139,7 @@ class Head:
             "format": HEAD_FORMAT,
             "kind": self.kind,
             "encoder": self.encoder,
-            "tasks": [[key.name, key.revision] for key in self.tasks],
+            "tasks": self.tasks,
             "ambiguity_margin": self.ambiguity_margin,
             "closeness_weight": self.closeness_weight,
             "summary": dict(self.summary),

@@ -80,11 +80,13 @@ class SampleScores:
         tasks = pool.tasks
         sample = self._taken(pool, chosen)
         count = 1 << (len(tasks) // _TASKS_PER_BLOCK).bit_length()
-        members: list[list[int]] = [[] for _ in range(count)]
-        for number, task in enumerate(tasks):
-            members[_digest(task.key) % count].append(number)
-        numbers = {(count, place): mine for place, mine in enumerate(members) if mine}
-        now = {block: [tasks[number] for number in mine] for block, mine in numbers.items()}
+        block_of = np.array([*map(_digest, map(operator.attrgetter("key"), tasks))]) % count
+        in_blocks = np.argsort(block_of, kind="stable")
+        members = np.split(in_blocks, np.searchsorted(block_of[in_blocks], range(1, count)))
+        numbers = {(count, place): mine for place, mine in enumerate(members) if len(mine)}
+        now = {
+            block: [tasks[number] for number in mine.tolist()] for block, mine in numbers.items()
+        }
         blocks = {
             block: known
             for block, known in self._blocks.items()
@@ -155,10 +157,12 @@ def _score(sample: _Sample, tasks: Sequence[TaskStatistics], means: FloatArray) 
     return _Block(tasks, best, winner, runner_up, own[own_at], own_at)
 
 
-def _together(chosen: ChosenRows, blocks: Sequence[tuple[Sequence[int], _Block]]) -> HeldOutScores:
+def _together(
+    chosen: ChosenRows, blocks: Sequence[tuple[NDArray[np.int64], _Block]]
+) -> HeldOutScores:
     """The scores over all blocks, each with the numbers of its tasks; of equals the first wins."""
     best = np.stack([block.best for _, block in blocks])
-    winners = np.stack([np.array(numbers)[block.winner] for numbers, block in blocks])
+    winners = np.stack([numbers[block.winner] for numbers, block in blocks])
     highest = best.max(0)
     ahead = np.where(best == highest, winners, winners.max() + 1)
     holder = ahead.argmin(0)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import operator
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,14 +27,14 @@ LEAST_SAMPLED_ROWS = 512
 
 def sampled_rows(tasks: Sequence[TaskStatistics], centroids: int) -> ChosenRows | None:
     """The rows that are scored, all of fold 0; None: all rows."""
-    rows = sum(task.row_count for task in tasks)
+    rows = sum(map(operator.attrgetter("row_count"), tasks))
     if rows * centroids <= MOST_PAIRS:
         return None
     wanted = max(SAMPLED_PAIRS // centroids, LEAST_SAMPLED_ROWS)
     most = -(-wanted // len(tasks))
-    digests = [key_digest(task.key) for task in tasks]
+    digests = np.array([*map(key_digest, map(operator.attrgetter("key"), tasks))], np.uint64)
     chosen: list[tuple[int, int]] = []
-    for number in sorted(range(len(tasks)), key=digests.__getitem__):
+    for number in np.argsort(digests, kind="stable").tolist():
         if len(chosen) == wanted:
             break
         rows_of_fold = range(0, tasks[number].row_count, FOLDS)
@@ -44,6 +45,6 @@ def sampled_rows(tasks: Sequence[TaskStatistics], centroids: int) -> ChosenRows 
 
 
 @functools.lru_cache(1 << 16)
-def key_digest(key: TaskKey) -> bytes:
-    """Eight bytes that say nothing of a task but which one it is."""
-    return hashlib.blake2b(str(key).encode(), digest_size=8).digest()
+def key_digest(key: TaskKey) -> int:
+    """A number of 64 bits that says nothing of a task but which one it is."""
+    return int.from_bytes(hashlib.blake2b(str(key).encode(), digest_size=8).digest())

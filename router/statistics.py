@@ -9,6 +9,7 @@ subtracting a task leaves exactly what was there before it.
 from __future__ import annotations
 
 import bisect
+import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -81,19 +82,16 @@ class UnreadStatistics(TaskStatistics):
     A large catalog's head can be compiled from few of them. Threads may share it.
     """
 
-    __slots__ = ("_read", "_row_count")
+    __slots__ = ("_read", "row_count")
+
+    row_count: int
 
     def __init__(self, key: TaskKey, row_count: int, read: Callable[[], TaskStatistics]) -> None:
         """`read` gives the `row_count` rows, or raises what is wrong with them, at first need."""
         # The fields of the rows stay empty: who asks for one of them comes to `__getattr__`.
-        values = {"key": key, "sums": None, "_row_count": row_count, "_read": read}
+        values = {"key": key, "sums": None, "row_count": row_count, "_read": read}
         for name, value in values.items():
             object.__setattr__(self, name, value)
-
-    @property
-    def row_count(self) -> int:
-        count: int = object.__getattribute__(self, "_row_count")
-        return count
 
     def __getattr__(self, name: str) -> NDArray[np.int16]:
         if name not in _OF_ROWS:
@@ -200,8 +198,12 @@ class PooledMoments:
     def update(self, tasks: Iterable[TaskStatistics]) -> None:
         """Make the pool hold exactly `tasks`."""
         wanted = {task.key: task for task in tasks}
-        going = self._tasks.keys() - wanted.keys()
-        coming = [wanted[key] for key in wanted.keys() - self._tasks.keys()]
+        self.hold(wanted, wanted.__getitem__)
+
+    def hold(self, keys: Collection[TaskKey], read: Callable[[TaskKey], TaskStatistics]) -> None:
+        """Make the pool hold exactly the tasks of `keys`; `read` gives those that it has not."""
+        going = self._tasks.keys() - keys
+        coming = [read(key) for key in set(keys) - self._tasks.keys()]
         if not going and not coming:
             return
         for key in going:
@@ -209,7 +211,8 @@ class PooledMoments:
             self._fold_sums.pop(key, None)
         self._tasks.update((task.key, task) for task in coming)
         stay = [task for task in self._in_order if task.key not in going]
-        self._in_order = sorted([*stay, *coming], key=lambda task: task.key)
+        # Mostly in order already, which a sort makes use of.
+        self._in_order = sorted([*stay, *coming], key=operator.attrgetter("key"))
 
     def by_fold(self) -> list[Moments]:
         """One `Moments` per fold, all with the same clusters."""

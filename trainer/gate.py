@@ -10,6 +10,7 @@ task before and would go to the new one, by heads that were fitted without it.
 
 from __future__ import annotations
 
+import collections
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -142,52 +143,83 @@ def measure(
         near = _nearest_tasks(after, new, vectors)
         now.update(_decided_among(after, near, vectors))
         if before is not None:
-            known = set(before.tasks)
-            then.update(_decided_among(before, [key for key in near if key in known], vectors))
-    old = [key for key in now if key not in new and (before is None or key in then)]
-    for key in old if before is not None else ():
-        # Of a task that is near, there are as many rows in both; else a sample, or all.
-        scored = min(len(then[key]), len(now[key]))
-        unscored = (then[key][:scored] == UNSCORED) | (now[key][:scored] == UNSCORED)
-        then[key], now[key] = then[key][:scored][~unscored], now[key][:scored][~unscored]
-    place = {} if before is None else {key: n for n, key in enumerate(before.tasks)}
-    own_before = {
-        key: then[key] == place[key] if before is not None else np.ones(len(now[key]), bool)
-        for key in old
-    }
+            known = [key for key in near if key in before.number_of]
+            then.update(_decided_among(before, known, vectors))
     for key in new:  # one that keeps no rows, or none that was scored
         now.setdefault(key, np.zeros(0, np.int32))
-    number = {key: n for n, key in enumerate(after.tasks)}
-    taken = [
-        Taken(key, by, count, len(now[key]))
-        for key in old
-        for by in new
-        if (count := int((own_before[key] & (now[key] == number[by])).sum()))
-    ] + [
-        Taken(key, by, count, len(now[key]))
-        for key in new
-        for by in new
-        if key != by and (count := int((now[key] == number[by]).sum()))
-    ]
-    pairs = [*((by, key) for by in new for key in old), *itertools.combinations(new, 2)]
-    total = sum(len(now[key]) for key in old)
-    right_after = sum(int((now[key] == number[key]).sum()) for key in old)
+    number_of = after.number_of
+    old = [key for key in now if key not in new and (before is None or key in then)]
+    rows_of = _rows_of_old(old, now, then if before is not None else None)
+    own = np.array([number_of[key] for key in old], np.int64)[rows_of.task]
+    right_before = np.ones(len(own), np.bool_)
+    if before is not None:
+        places = np.array([before.number_of[key] for key in old], np.int64)
+        right_before = rows_of.then == places[rows_of.task]
+    counts = np.bincount(rows_of.task, minlength=len(old)).tolist()
+    went_to = {key: collections.Counter(now[key].tolist()) for key in new}
+    taken, near_duplicates = [], []
+    for by in new:
+        gone = rows_of.now == number_of[by]
+        to_new = np.bincount(rows_of.task[gone], minlength=len(old)).tolist()
+        of_right = np.bincount(rows_of.task[gone & right_before], minlength=len(old)).tolist()
+        went = went_to[by]
+        for key, rows_of_key, to_by, lost in zip(old, counts, to_new, of_right, strict=True):
+            if lost:
+                taken.append(Taken(key, by, lost, rows_of_key))
+            back = _share(went[number_of[key]], len(now[by]))
+            if _share(to_by, rows_of_key) + back >= _NEAR_DUPLICATE:
+                near_duplicates.append((by, key))
+    for key, by in itertools.permutations(new, 2):
+        if count := went_to[key][number_of[by]]:
+            taken.append(Taken(key, by, count, len(now[key])))
+    for by, key in itertools.combinations(new, 2):
+        there = _share(went_to[key][number_of[by]], len(now[key]))
+        back = _share(went_to[by][number_of[key]], len(now[by]))
+        if there + back >= _NEAR_DUPLICATE:
+            near_duplicates.append((by, key))
+    total = len(own)
     return GateReport(
         tuple(sorted(taken, key=lambda t: (-t.share, t.task, t.by))),
-        tuple(
-            (by, key)
-            for by, key in pairs
-            if _share(now[key], number[by]) + _share(now[by], number[key]) >= _NEAR_DUPLICATE
-        ),
+        tuple(near_duplicates),
         tuple(
             Suspect(key, int(row), None if (to := now[key][row]) == REJECTED else after.tasks[to])
             for key in new
-            for row in np.flatnonzero((now[key] != number[key]) & (now[key] != UNSCORED))
+            for row in np.flatnonzero((now[key] != number_of[key]) & (now[key] != UNSCORED))
         ),
-        sum(int(own.sum()) for own in own_before.values()) / total if total else None,
-        right_after / total if total else None,
+        int(right_before.sum()) / total if total else None,
+        int((rows_of.now == own).sum()) / total if total else None,
         tuple(new),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _OldRows:
+    """Rows of old tasks: the place of each one's task, and what it was decided for, [N] each."""
+
+    task: NDArray[np.int64]
+    now: NDArray[np.int32]
+    then: NDArray[np.int32]
+
+
+def _rows_of_old(
+    old: Sequence[TaskKey],
+    now: Mapping[TaskKey, NDArray[np.int32]],
+    then: Mapping[TaskKey, NDArray[np.int32]] | None,
+) -> _OldRows:
+    """The rows that were scored `now` and, where there is such a thing, `then`."""
+    before = now if then is None else then
+    # Of a task that is near, there are as many rows in both; else a sample, or all.
+    sizes = [min(len(before[key]), len(now[key])) for key in old]
+    none = np.zeros(0, np.int32)
+    rows = _OldRows(
+        np.repeat(np.arange(len(old)), sizes),
+        np.concatenate([none, *(now[key][:n] for key, n in zip(old, sizes, strict=True))]),
+        np.concatenate([none, *(before[key][:n] for key, n in zip(old, sizes, strict=True))]),
+    )
+    if then is None:
+        return rows
+    scored = (rows.now != UNSCORED) & (rows.then != UNSCORED)
+    return _OldRows(rows.task[scored], rows.now[scored], rows.then[scored])
 
 
 def _nearest_tasks(
@@ -208,8 +240,7 @@ def _decided_among(
     """The decision of `head` on the first rows of these tasks, as if there were no others."""
     if not keys:
         return {}
-    place = {key: n for n, key in enumerate(head.tasks)}
-    among = np.array(sorted(place[key] for key in keys))
+    among = np.array(sorted(head.number_of[key] for key in keys))
     mine = np.isin(head.row_task, among)
     rows_of_near, task_of_row = head.rows[mine], head.row_task[mine]
     thresholds = np.array(head.thresholds)
@@ -254,8 +285,8 @@ def check(report: GateReport, unforced: Collection[TaskKey], limit: float) -> No
         raise InterferenceError(sorted(guilty), report, limit)
 
 
-def _share(decided: NDArray[np.int32], number: int) -> float:
-    return float((decided == number).mean()) if len(decided) else 0.0
+def _share(some: int, of: int) -> float:
+    return some / of if of else 0.0
 
 
 def _in_words(tasks: Sequence[TaskKey], report: GateReport) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +26,8 @@ from trainer.artifact_writer import ArtifactWriter
 
 LEAST_TASKS = 1024
 """Heads of fewer are one file."""
-# One in so many tasks begins a block: 256, whatever the last byte of its digest is.
-_BEGINS = 0
+# On average: a task whose digest is a multiple of it begins a block.
+_TASKS_PER_BLOCK = 256
 
 
 class HeadWriter(HeadReader):
@@ -46,7 +46,7 @@ class HeadWriter(HeadReader):
     def read(self, sha256: str) -> Head:
         content = self._files.read(sha256)
         head = Head.from_bytes(content, self._block)
-        self._know(head, row_blocks(content))
+        self._know(head, _block_starts(head), row_blocks(content))
         return head
 
     def write(self, head: Head) -> tuple[str, int]:
@@ -61,7 +61,7 @@ class HeadWriter(HeadReader):
             for begin, end in itertools.pairwise([*starts, len(head.rows)])
         ]
         if blocks:
-            self._know(head, blocks)
+            self._know(head, starts, blocks)
         file = head.to_file(blocks)
         sha256 = self._files.write(*file)
         self._blocks_of[sha256] = frozenset(blocks)
@@ -86,14 +86,13 @@ class HeadWriter(HeadReader):
             return known[1]
         return self._files.write(*tensor_file({ROWS_TENSOR: rows}, {}))
 
-    def _know(self, head: Head, blocks: Collection[str]) -> None:
-        ends = [*_block_starts(head), len(head.rows)]
-        if len(blocks) != len(ends) - 1:
-            return
-        self._known = {
-            head.tasks[begin]: (head.rows[begin:end], block)
-            for (begin, end), block in zip(itertools.pairwise(ends), blocks, strict=True)
-        }
+    def _know(self, head: Head, starts: Sequence[int], blocks: Sequence[str]) -> None:
+        if len(blocks) == len(starts):  # else it was one file
+            pieces = itertools.pairwise([*starts, len(head.rows)])
+            self._known = {
+                head.tasks[begin]: (head.rows[begin:end], block)
+                for (begin, end), block in zip(pieces, blocks, strict=True)
+            }
 
     def _blocks(self, sha256: str) -> frozenset[str]:
         if sha256 not in self._blocks_of:
@@ -108,8 +107,8 @@ def _block_starts(head: Head) -> list[int]:
     """The rows of a head that begin a block; none where it is one file."""
     if head.kind != "nearest-mean" or len(head.tasks) < LEAST_TASKS:
         return []
-    begins = (number for number, key in enumerate(head.tasks) if key_digest(key)[-1] == _BEGINS)
-    return sorted({0, *begins})
+    digests = np.array([*map(key_digest, head.tasks)], np.uint64)
+    return sorted({0, *np.flatnonzero(digests % _TASKS_PER_BLOCK == 0).tolist()})
 
 
 def _same_bits(some: FloatArray, others: FloatArray) -> bool:

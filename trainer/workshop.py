@@ -263,12 +263,12 @@ class Workshop:
 
     def _compile(
         self,
-        keys: Iterable[TaskKey],
+        keys: Collection[TaskKey],
         new: Mapping[TaskKey, TaskRecord],
         policy: Policy,
         before: Head | None,
     ) -> Head:
-        self._pool.update(self._task_statistics(key, new) for key in keys)
+        self._pool.hold(set(keys), lambda key: self._task_statistics(key, new))
         return compile_head(
             self._pool,
             policy=policy,
@@ -333,9 +333,8 @@ class Workshop:
     def _rows_of(self, heads: Iterable[Head]) -> Mapping[TaskKey, int]:
         """How many rows the tasks of `heads` keep."""
         for head in heads:
-            for key in head.tasks:
-                if key not in self._rows:
-                    self._rows[key] = self._count_rows(key)
+            for key in head.number_of.keys() - self._rows.keys():
+                self._rows[key] = self._count_rows(key)
         return self._rows
 
     def _count_rows(self, key: TaskKey) -> int:
