@@ -1,9 +1,13 @@
 """What publishing one more task takes in a small catalog and in a large one: `make bench-publish`.
 
 Tasks of 20 rows each, drawn around pairs of real embeddings (those of the example tasks' inputs by
-the embedded encoder), so that they lie as tasks do. Nothing is tuned, and nothing embedded while
-the clock runs: a publish compiles and calibrates the head, measures what the new task does to the
-others, writes the head and appends to the catalog. All in one process, which has read every task.
+the embedded encoder), so that they lie as tasks do. Nothing is tuned. Measured are
+
+- a publish in a process that has published the others: it compiles and calibrates the head,
+  measures what the new task does to the others, writes the head and appends to the catalog. Nothing
+  is embedded while the clock runs;
+- the command `promptyard register NAME --data FILE --no-prompt`, from its start to its end: a new
+  process, which loads the encoder and embeds 20 rows, too.
 """
 
 from __future__ import annotations
@@ -11,6 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -43,29 +50,55 @@ def main() -> None:
     options = parser.parse_args()
     encoder = OnnxMiniLM()
     real = encoder.encode(example_inputs()).vectors
-    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; median of {REPEATS} publishes")
-    print("| head | tasks before | seconds | of the processors | head, MB |\n|---|---|---|---|---|")
+    print(
+        f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; medians of {REPEATS}: seconds, and"
+        " of the processors"
+    )
+    print("| head | tasks before | publish | | `promptyard register` | | head, MB |")
+    print("|---|---|---|---|---|---|---|")
     for head in options.heads:
         with (
-            tempfile.TemporaryDirectory() as home,
-            Workshop(Path(home), encoder) as workshop,
+            tempfile.TemporaryDirectory() as folder,
+            Workshop(Path(folder) / "home", encoder) as workshop,
             one_blas_thread(),
         ):
             known = 0
+            found = []
             for size in (SMALL, options.tasks):
                 while known < size:
                     count = min(size - known, _AT_ONCE)
                     publish(workshop, real, range(known, known + count), head, gate=False)
                     known += count
-                found = [
+                published = [
                     publish(workshop, real, range(known + n, known + n + 1), head, gate=True)
                     for n in range(REPEATS)
                 ]
                 known += REPEATS
-                seconds, busy, size_mb = np.median(found, axis=0)
-                print(
-                    f"| {head} | {size} | {seconds:.2f} | {busy:.2f} | {size_mb:.1f} |", flush=True
-                )
+                seconds, busy, size_mb = np.median(published, axis=0)
+                commands = [register(workshop.home, f"{size}-{n}", n) for n in range(REPEATS)]
+                found.append((seconds, busy, *np.median(commands, axis=0)))
+                times = " | ".join(f"{value:.2f}" for value in found[-1])
+                print(f"| {head} | {size} | {times} | {size_mb:.1f} |", flush=True)
+            ratios = " | ".join(f"{large / small:.1f}" for small, large in zip(*found, strict=True))
+            print(f"| {head} | times as long | {ratios} | |", flush=True)
+
+
+def register(home: Path, name: str, number: int) -> tuple[float, float]:
+    """Register rows of the example tasks; returns seconds, and seconds of all processors."""
+    inputs = example_inputs()
+    rows = [inputs[(number + place * 61) % len(inputs)] for place in range(ROWS)]
+    data = home.parent / f"{name}.jsonl"
+    data.write_text("".join(json.dumps({"input": text}) + "\n" for text in rows), encoding="utf-8")
+    command = ["register", name, "--home", str(home), "--data", str(data), "--no-prompt"]
+    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(
+        [sys.executable, "-m", "trainer.cli", *command, "--force", "rows of many tasks"],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return seconds, busy
 
 
 def example_inputs() -> list[str]:

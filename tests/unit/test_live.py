@@ -373,7 +373,7 @@ def test_a_damaged_record_of_a_new_task_keeps_the_last_good_revision(
             connection.commit()
         live.refresh()
         assert live.snapshot is good
-        assert "task record" in live.problem
+        assert "record of money@1" in live.problem
 
 
 def test_the_watcher_survives_what_nobody_thought_of(
