@@ -38,6 +38,7 @@ from router.statistics import (
     Moments,
     PooledMoments,
     TaskStatistics,
+    row_count_of,
     sums_of_each,
 )
 from router.sums_only import thresholds_without_rows
@@ -109,7 +110,7 @@ def compile_head(
         return empty_head(encoder, dimension)
     nearest_mean = policy.head == "nearest-mean"
     centroids = len(tasks) if nearest_mean else int(pool.cluster_counts.sum())
-    chosen = sampled_rows(tasks, centroids)
+    chosen = sampled_rows(pool, centroids)
     with cross_fitting(pool) as fitting:
         if nearest_mean and chosen is not None:
             means = _means(tasks, dimension, _known_means(before, encoder))
@@ -141,7 +142,7 @@ def compile_head(
         ambiguity_margin=margin,
         center=center,
         background=None if term.offset is None else term.offset.astype(np.float32),
-        held_out=_of_all_rows(decided, tasks, chosen),
+        held_out=_of_all_rows(decided, pool, chosen),
         summary=_summary(held_out, decided, margin, policy),
         probability=fit_probability(held_out),
         examples=found.examples,
@@ -218,8 +219,9 @@ def _means(tasks: Sequence[TaskStatistics], dimension: int, known: Head | None) 
 
     A mean is a matter of its own task, which its key tells from all others for ever.
     """
-    number_of = {} if known is None else known.number_of
-    places = np.array([number_of.get(task.key, -1) for task in tasks])
+    number_of: Mapping[TaskKey, int] = {} if known is None else known.number_of
+    keys = map(operator.attrgetter("key"), tasks)
+    places = np.array([*map(number_of.get, keys, itertools.repeat(-1))])
     rows = np.empty((len(tasks), dimension + 1), np.float32)
     if known is not None:
         # Without a mode that forgives, NumPy would make another copy first.
@@ -239,14 +241,13 @@ def _approximate(rows: FloatArray, pool: PooledMoments, policy: Policy) -> Appro
 
 
 def _of_all_rows(
-    decided: NDArray[np.int64],
-    tasks: Sequence[TaskStatistics],
-    chosen: ChosenRows | None,
+    decided: NDArray[np.int64], pool: PooledMoments, chosen: ChosenRows | None
 ) -> NDArray[np.int32]:
     """The decisions on the rows that were scored, in the places `[N]` of all rows."""
     if chosen is None:
         return decided.astype(np.int32)
-    begins = np.cumsum([0, *map(operator.attrgetter("row_count"), tasks)], dtype=np.int64)
+    ends = np.cumsum(pool.column(row_count_of), dtype=np.int64)
+    begins = np.concatenate([[0], ends])
     held_out = np.full(begins[-1], UNSCORED, np.int32)
     held_out[begins[chosen.task] + chosen.row] = decided
     return held_out
@@ -258,11 +259,13 @@ def changed_decisions(before: Head, after: Head, rows: Mapping[TaskKey, int]) ->
     `rows` is the number of stored rows of each task of either head. Tasks are compared by key:
     a row that moves to a revised task counts as changed.
     """
-    number_of = after.number_of
-    # Last, where REJECTED looks: rejected before and after is no change.
-    translated = np.array([*map(number_of.get, before.tasks, itertools.repeat(_GONE)), REJECTED])
     old_task, old_row, old = _scored(before, rows)
     new_task, new_row, new = _scored(after, rows)
+    # Last, where REJECTED looks: rejected before and after is no change.
+    translated = np.full(len(before.tasks) + 1, _GONE)
+    translated[REJECTED] = REJECTED
+    for number in np.unique(np.concatenate([old_task, old[old != REJECTED]])).tolist():
+        translated[number] = after.number_of.get(before.tasks[number], _GONE)
     stays = translated[old_task] >= 0
     old_task, old_row, old = translated[old_task[stays]], old_row[stays], old[stays]
     widest = 1 + max(old_row.max(initial=0), new_row.max(initial=0))
@@ -284,7 +287,7 @@ def _scored(
     head: Head, rows: Mapping[TaskKey, int]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
     """Of each row that was scored: its task's number, its own, and what it was decided for."""
-    ends = np.cumsum([*map(rows.__getitem__, head.tasks)], dtype=np.int64)
+    ends = head.row_ends(rows)
     scored = np.flatnonzero(head.held_out != UNSCORED)
     task = np.searchsorted(ends, scored, side="right")
     begins = np.concatenate([[0], ends])
@@ -296,7 +299,7 @@ def held_out_by_task(head: Head, rows: Mapping[TaskKey, int]) -> dict[TaskKey, N
 
     Or `REJECTED`, or `UNSCORED`. Tasks of which no row was scored are left out.
     """
-    ends = np.cumsum([*map(rows.__getitem__, head.tasks)], dtype=np.int64)
+    ends = head.row_ends(rows)
     scored = np.flatnonzero(head.held_out != UNSCORED)
     if len(scored) == len(head.held_out):
         return dict(zip(head.tasks, np.split(head.held_out, ends), strict=False))

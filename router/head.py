@@ -72,6 +72,17 @@ class Head:
         """The number of each task."""
         return dict(zip(self.tasks, range(len(self.tasks)), strict=True))
 
+    def row_ends(self, rows: Mapping[TaskKey, int]) -> NDArray[np.int64]:
+        """Where each task's rows end `[K]` in `held_out`; `rows` is how many a task stores.
+
+        Which never changes, so that it is asked for once.
+        """
+        ends: NDArray[np.int64] | None = self.__dict__.get("_row_ends")
+        if ends is None:
+            ends = np.cumsum([*map(rows.__getitem__, self.tasks)], dtype=np.int64)
+            self.__dict__["_row_ends"] = ends
+        return ends
+
     def queries(self, vectors: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Embeddings `[B, D]` to queries `[B, D + 1]` for the rows, and score offsets `[B]`."""
         queries = self._queries(vectors)

@@ -8,7 +8,6 @@ same tasks make the same blocks, and so the same products, in any order of arriv
 
 from __future__ import annotations
 
-import functools
 import operator
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +21,6 @@ from router.cross_fitting import HeldOutScores
 from router.fitting import fit_nearest_mean, row_scores
 from router.interfaces import FloatArray
 from router.statistics import FIXED_POINT, ChosenRows, PooledMoments, TaskStatistics
-from router.tasks import TaskKey
 
 # At most, about; products of fewer take nearly as long.
 _TASKS_PER_BLOCK = 256
@@ -80,7 +78,7 @@ class SampleScores:
         tasks = pool.tasks
         sample = self._taken(pool, chosen)
         count = 1 << (len(tasks) // _TASKS_PER_BLOCK).bit_length()
-        block_of = np.array([*map(_digest, map(operator.attrgetter("key"), tasks))]) % count
+        block_of = (pool.column(_digest_of) % count).astype(np.int64)
         in_blocks = np.argsort(block_of, kind="stable")
         members = np.split(in_blocks, np.searchsorted(block_of[in_blocks], range(1, count)))
         numbers = {(count, place): mine for place, mine in enumerate(members) if len(mine)}
@@ -119,9 +117,8 @@ class SampleScores:
         return self._sample
 
 
-@functools.lru_cache(1 << 16)
-def _digest(key: TaskKey) -> int:
-    return zlib.crc32(str(key).encode())
+def _digest_of(task: TaskStatistics) -> int:
+    return zlib.crc32(str(task.key).encode())
 
 
 def _same(some: Sequence[TaskStatistics], others: Sequence[TaskStatistics]) -> bool:

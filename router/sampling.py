@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import operator
-from collections.abc import Sequence
 
 import numpy as np
 
-from router.statistics import FOLDS, ChosenRows, TaskStatistics
+from router.statistics import FOLDS, ChosenRows, PooledMoments, TaskStatistics, row_count_of
 from router.tasks import TaskKey
 
 MOST_PAIRS = 1 << 26
@@ -25,23 +23,26 @@ SAMPLED_PAIRS = 5_000_000
 LEAST_SAMPLED_ROWS = 512
 
 
-def sampled_rows(tasks: Sequence[TaskStatistics], centroids: int) -> ChosenRows | None:
+def sampled_rows(pool: PooledMoments, centroids: int) -> ChosenRows | None:
     """The rows that are scored, all of fold 0; None: all rows."""
-    rows = sum(map(operator.attrgetter("row_count"), tasks))
-    if rows * centroids <= MOST_PAIRS:
+    rows = pool.column(row_count_of)
+    if int(rows.sum()) * centroids <= MOST_PAIRS:
         return None
     wanted = max(SAMPLED_PAIRS // centroids, LEAST_SAMPLED_ROWS)
-    most = -(-wanted // len(tasks))
-    digests = np.array([*map(key_digest, map(operator.attrgetter("key"), tasks))], np.uint64)
+    most = -(-wanted // len(rows))
     chosen: list[tuple[int, int]] = []
-    for number in np.argsort(digests, kind="stable").tolist():
+    for number in np.argsort(pool.column(_digest_of), kind="stable").tolist():
         if len(chosen) == wanted:
             break
-        rows_of_fold = range(0, tasks[number].row_count, FOLDS)
+        rows_of_fold = range(0, int(rows[number]), FOLDS)
         mine = rows_of_fold[: min(most, wanted - len(chosen))]
         chosen += [(number, row) for row in mine]
     task, row = np.array(sorted(chosen), np.int64).T
     return ChosenRows(task, row)
+
+
+def _digest_of(task: TaskStatistics) -> int:
+    return key_digest(task.key)
 
 
 @functools.lru_cache(1 << 16)

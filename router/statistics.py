@@ -26,6 +26,7 @@ FIXED_POINT = float(1 << 15)
 FOLDS = 5
 _CHUNK_ROWS = 4096
 _OF_ROWS = ("embeddings", "clusters")
+_key_of = operator.attrgetter("key")
 
 ExactArray = NDArray[np.float64]
 
@@ -74,6 +75,11 @@ class TaskStatistics:
     def vectors(self) -> FloatArray:
         """The embeddings `[n, D]` as float32."""
         return self.embeddings.astype(np.float32) / np.float32(FIXED_POINT)
+
+
+def row_count_of(task: TaskStatistics) -> int:
+    """How many rows a task keeps."""
+    return task.row_count
 
 
 class UnreadStatistics(TaskStatistics):
@@ -175,6 +181,7 @@ class PooledMoments:
         # The tasks whose second moments are in the grams.
         self._summed: dict[TaskKey, TaskStatistics] = {}
         self._in_order: list[TaskStatistics] = []
+        self._columns: dict[Callable[[TaskStatistics], int], NDArray[np.uint64]] = {}
         # The tasks whose sums are in the next three, in order.
         self._added: list[TaskStatistics] = []
         # Their clusters: of task t those from `_first[t]` to `_first[t + 1]`.
@@ -198,21 +205,37 @@ class PooledMoments:
     def update(self, tasks: Iterable[TaskStatistics]) -> None:
         """Make the pool hold exactly `tasks`."""
         wanted = {task.key: task for task in tasks}
-        self.hold(wanted, wanted.__getitem__)
+        self.hold(wanted.keys(), wanted.__getitem__)
 
     def hold(self, keys: Collection[TaskKey], read: Callable[[TaskKey], TaskStatistics]) -> None:
         """Make the pool hold exactly the tasks of `keys`; `read` gives those that it has not."""
         going = self._tasks.keys() - keys
-        coming = [read(key) for key in set(keys) - self._tasks.keys()]
+        coming = sorted(map(read, keys - self._tasks.keys()), key=_key_of)
         if not going and not coming:
             return
+        left = [number for number, task in enumerate(self._in_order) if task.key in going]
+        stay = [task for task in self._in_order if task.key not in going] if going else None
+        order = [*self._in_order] if stay is None else stay
+        places = [bisect.bisect(order, task.key, key=_key_of) for task in coming]
+        for place, task in reversed([*zip(places, coming, strict=True)]):
+            order.insert(place, task)
+        for of, column in self._columns.items():
+            values = np.array([*map(of, coming)], column.dtype)
+            self._columns[of] = np.insert(np.delete(column, left), places, values)
         for key in going:
             del self._tasks[key]
             self._fold_sums.pop(key, None)
         self._tasks.update((task.key, task) for task in coming)
-        stay = [task for task in self._in_order if task.key not in going]
-        # Mostly in order already, which a sort makes use of.
-        self._in_order = sorted([*stay, *coming], key=operator.attrgetter("key"))
+        self._in_order = order
+
+    def column(self, of: Callable[[TaskStatistics], int]) -> NDArray[np.uint64]:
+        """A number, `of` each task in order `[K]`, which is worked out once a task.
+
+        Of the same function, the numbers are carried along when tasks come and go.
+        """
+        if of not in self._columns:
+            self._columns[of] = np.array([*map(of, self._in_order)], np.uint64)
+        return self._columns[of]
 
     def by_fold(self) -> list[Moments]:
         """One `Moments` per fold, all with the same clusters."""

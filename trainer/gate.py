@@ -141,10 +141,11 @@ def measure(
     then = held_out_by_task(before, rows) if before is not None else {}
     if vectors is not None and (after.held_out == UNSCORED).any():
         near = _nearest_tasks(after, new, vectors)
-        now.update(_decided_among(after, near, vectors))
+        first = {key: vectors(key)[:_ROWS_OF_NEAR_TASK] for key in near}
+        now.update(_decided_among(after, first))
         if before is not None:
-            known = [key for key in near if key in before.number_of]
-            then.update(_decided_among(before, known, vectors))
+            known = {key: rows for key, rows in first.items() if key in before.number_of}
+            then.update(_decided_among(before, known))
     for key in new:  # one that keeps no rows, or none that was scored
         now.setdefault(key, np.zeros(0, np.int32))
     number_of = after.number_of
@@ -235,32 +236,29 @@ def _nearest_tasks(
 
 
 def _decided_among(
-    head: Head, keys: Sequence[TaskKey], vectors: Callable[[TaskKey], FloatArray]
+    head: Head, rows: Mapping[TaskKey, FloatArray]
 ) -> dict[TaskKey, NDArray[np.int32]]:
-    """The decision of `head` on the first rows of these tasks, as if there were no others."""
-    if not keys:
+    """The decision of `head` on `rows` of these tasks, as if there were no others."""
+    if not rows:
         return {}
-    among = np.array(sorted(head.number_of[key] for key in keys))
+    among = np.array(sorted(head.number_of[key] for key in rows))
     mine = np.isin(head.row_task, among)
-    rows_of_near, task_of_row = head.rows[mine], head.row_task[mine]
-    thresholds = np.array(head.thresholds)
+    queries, offsets = head.queries(np.concatenate([*rows.values()]))
+    scores = best_row_per_task(queries @ head.rows[mine].T, head.row_task[mine])
+    scores = scores + offsets[:, None]
     closeness = head.closeness()
-    decided = {}
-    for key in keys:
-        rows = vectors(key)[:_ROWS_OF_NEAR_TASK]
-        queries, offsets = head.queries(rows)
-        scores = best_row_per_task(queries @ rows_of_near.T, task_of_row)
-        scores = scores + offsets[:, None]
+    if closeness is not None:
         # No row is close to itself: those of its fold are left out.
+        fold_of = np.concatenate([np.arange(len(each)) % FOLDS for each in rows.values()])
         for fold in range(FOLDS):
-            if closeness is not None:
-                part = scores[fold::FOLDS]
-                tasks = np.broadcast_to(among, part.shape)
-                part += closeness.of(queries[fold::FOLDS, :-1], tasks, fold)
-        winner = among[scores.argmax(1)]
-        accepted = scores.max(1) >= thresholds[winner]
-        decided[key] = np.where(accepted, winner, REJECTED).astype(np.int32)
-    return decided
+            part = fold_of == fold
+            tasks = np.broadcast_to(among, (int(part.sum()), len(among)))
+            scores[part] += closeness.of(queries[part, :-1], tasks, fold)
+    winner = among[scores.argmax(1)]
+    accepted = scores.max(1) >= np.array(head.thresholds)[winner]
+    decided = np.where(accepted, winner, REJECTED).astype(np.int32)
+    ends = np.cumsum([len(each) for each in rows.values()])
+    return dict(zip(rows, np.split(decided, ends[:-1]), strict=True))
 
 
 def check(report: GateReport, unforced: Collection[TaskKey], limit: float) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,8 +77,8 @@ class Workshop:
         self._pool = PooledMoments(encoder.dimension)
         self._sample_scores = SampleScores()
         self._statistics: dict[TaskKey, TaskStatistics] = {}
-        self._rows: dict[TaskKey, int] = {}
-        self._live: tuple[int, list[TaskKey]] = (0, [])
+        self._rows = _RowCounts(self._count_rows)
+        self._live: tuple[int, Mapping[str, TaskKey]] = (0, {})
         self._load_fast = load_fast
         self._fast_heads: FastHeads | None = None
         self._compiled: tuple[str, Head] | None = None
@@ -187,7 +187,7 @@ class Workshop:
             for record in records:
                 catalog.refuse_existing(record)
             old = self._live_at(parent)
-            tasks = {key.name: key for key in old}
+            tasks = {**old}
             for name, revision in live.items():
                 tasks.pop(name, None)
                 if revision is not None:
@@ -206,11 +206,11 @@ class Workshop:
                 each: self._compile({**tasks, each.task: each.key}.values(), new, policy, before)
                 for each in stand
             }
-            heads = [each for each in (before, head, *challengers.values()) if each is not None]
-            rows = self._rows_of(heads)
+            rows = self._rows
             changed = changed_decisions(before, head, rows) if before is not None else {}
             gate = None
-            arriving, arrived = sorted(set(tasks.values()) - set(old)), head
+            coming = (tasks[name] for name in live.keys() & tasks.keys())
+            arriving, arrived = sorted(key for key in coming if old.get(key.name) != key), head
             if challenge is not None:
                 arriving = sorted({challenge.key} - {each.key for each in stood})
                 arrived = challengers[challenge]
@@ -252,13 +252,13 @@ class Workshop:
             )
             self._prune_heads(revision)
             self._compiled = (head_sha256, head)
-        self._live = (revision, sorted(tasks.values()))
+        self._live = (revision, tasks)
         return Published(revision, head, head.summary, changed, gate, head_bytes, stand, gone)
 
-    def _live_at(self, revision: int) -> list[TaskKey]:
-        """The tasks that are live at `revision`, which never changes once it is there."""
+    def _live_at(self, revision: int) -> Mapping[str, TaskKey]:
+        """The tasks that are live at `revision`, by name; they never change once it is there."""
         if self._live[0] != revision:
-            self._live = (revision, self.catalog.live(revision))
+            self._live = (revision, {key.name: key for key in self.catalog.live(revision)})
         return self._live[1]
 
     def _compile(
@@ -330,13 +330,6 @@ class Workshop:
             self._statistics[key] = statistics_of(self.artifacts, record)
         return self._statistics[key]
 
-    def _rows_of(self, heads: Iterable[Head]) -> Mapping[TaskKey, int]:
-        """How many rows the tasks of `heads` keep."""
-        for head in heads:
-            for key in head.number_of.keys() - self._rows.keys():
-                self._rows[key] = self._count_rows(key)
-        return self._rows
-
     def _count_rows(self, key: TaskKey) -> int:
         """How many rows a task keeps; also of one whose stored rows are damaged, to retire it."""
         statistics = self._statistics.get(key)
@@ -369,6 +362,18 @@ class Workshop:
         if last > 0:
             recent = self.catalog.head_digests(last + 1, newest)
             self._heads.remove(self.catalog.head_digests(last, last) - recent, recent)
+
+
+class _RowCounts(dict[TaskKey, int]):
+    """How many rows tasks keep; each is counted when it is asked for first."""
+
+    def __init__(self, count: Callable[[TaskKey], int]) -> None:
+        super().__init__()
+        self._count = count
+
+    def __missing__(self, key: TaskKey) -> int:
+        self[key] = self._count(key)
+        return self[key]
 
 
 def _challenges_document(

@@ -42,6 +42,12 @@ def _every_catalog_is_large() -> Iterator[None]:
         yield
 
 
+def pooled(tasks: Iterable[TaskStatistics]) -> PooledMoments:
+    pool = PooledMoments(DIMENSION)
+    pool.update(tasks)
+    return pool
+
+
 def compiled(
     tasks: Iterable[TaskStatistics] | PooledMoments,
     kind: str = "auto",
@@ -89,7 +95,7 @@ def task_sets(draw: st.DrawFn) -> list[TaskStatistics]:
 
 
 def test_rows_are_of_fold_0_as_many_of_each_task_and_as_many_as_were_asked_for() -> None:
-    chosen = sampled_rows(some_tasks(20, rows=100), 20)
+    chosen = sampled_rows(pooled(some_tasks(20, rows=100)), 20)
     assert chosen is not None
     assert len(chosen.row) == SAMPLED
     assert np.bincount(chosen.task, minlength=20).tolist() == [3] * 20
@@ -98,7 +104,7 @@ def test_rows_are_of_fold_0_as_many_of_each_task_and_as_many_as_were_asked_for()
 
 def test_where_there_are_more_tasks_than_rows_to_score_a_new_one_moves_one_other() -> None:
     tasks = some_tasks(SAMPLED + 30, rows=10)
-    before, after = sampled_rows(tasks[:-1], 1), sampled_rows(tasks, 1)
+    before, after = sampled_rows(pooled(tasks[:-1]), 1), sampled_rows(pooled(tasks), 1)
     assert before is not None
     assert after is not None
     assert len(before.task) == len(after.task) == SAMPLED
@@ -109,8 +115,8 @@ def test_all_rows_are_scored_of_a_catalog_that_is_not_large(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sampling, "MOST_PAIRS", 100)
-    assert sampled_rows(some_tasks(2, rows=25), 2) is None
-    assert sampled_rows(some_tasks(2, rows=26), 2) is not None
+    assert sampled_rows(pooled(some_tasks(2, rows=25)), 2) is None
+    assert sampled_rows(pooled(some_tasks(2, rows=26)), 2) is not None
 
 
 # A function of the set of tasks
@@ -173,7 +179,7 @@ def test_one_more_task_is_scored_with_its_block_alone(monkeypatch: pytest.Monkey
     monkeypatch.setattr(sample_scores, "_score", counting)
     monkeypatch.setattr(sample_scores, "_TASKS_PER_BLOCK", 4)
     tasks, remembered = some_tasks(SAMPLED + 40, rows=9), SampleScores()
-    chosen = [sampled_rows(tasks[:count], count) for count in range(SAMPLED, len(tasks))]
+    chosen = [sampled_rows(pooled(tasks[:count]), count) for count in range(SAMPLED, len(tasks))]
     # A task that is not in the sample itself.
     more = next(n for n in range(20, 39) if same_sample(tasks, chosen[n], chosen[n + 1])) + SAMPLED
     compiled(tasks[:more], "nearest-mean", remembered)
@@ -232,7 +238,7 @@ def test_a_chosen_row_is_scored_by_means_without_the_chosen_rows(rows: tuple[int
         random_task(f"task-{n}", rng, rows=count, dimension=DIMENSION)
         for n, count in enumerate(rows)
     ]
-    chosen = sampled_rows(tasks, len(tasks))
+    chosen = sampled_rows(pooled(tasks), len(tasks))
     assert chosen is not None
     pool = PooledMoments(DIMENSION)
     pool.update(tasks)
