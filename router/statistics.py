@@ -163,6 +163,21 @@ class ChosenRows:
         return np.stack([array(task)[row] for task, row in pairs])
 
 
+@dataclass(frozen=True, slots=True)
+class KnownSums:
+    """Exact sums over the rows of tasks in order, in the units of `Moments`.
+
+    Task t has clusters `first[t]` to `first[t + 1]` (`first` is `[K + 1]`), of counts `[M]` and
+    sums `[M, D]`; `gram` `[D, D]` is over all rows.
+    """
+
+    tasks: Sequence[TaskStatistics]
+    first: NDArray[np.int64]
+    counts: ExactArray
+    sums: ExactArray
+    gram: ExactArray
+
+
 class PooledMoments:
     """The moments of a changing set of tasks, fold by fold.
 
@@ -178,8 +193,11 @@ class PooledMoments:
         self._grams = np.zeros((FOLDS, dimension, dimension))
         self._gram_without_rows = np.zeros((dimension, dimension))
         self._tasks: dict[TaskKey, TaskStatistics] = {}
-        # The tasks whose second moments are in the grams.
+        # The tasks whose second moments are in the grams of the folds, and those whose are in one
+        # of all folds.
         self._summed: dict[TaskKey, TaskStatistics] = {}
+        self._gram_of_known = np.zeros((0, 0))
+        self._known: dict[TaskKey, TaskStatistics] = {}
         self._in_order: list[TaskStatistics] = []
         self._columns: dict[Callable[[TaskStatistics], int], NDArray[np.uint64]] = {}
         # The tasks whose sums are in the next three, in order.
@@ -243,6 +261,7 @@ class PooledMoments:
             if task.key not in self._fold_sums:
                 self._fold_sums[task.key] = _sums_of_folds(task)
         of_tasks = [self._fold_sums[task.key] for task in self.tasks]
+        self._known = {}  # they are not known of each fold
         self._sum_up()
         return [
             self._comparable(
@@ -272,7 +291,25 @@ class PooledMoments:
     def total(self) -> Moments:
         """The `Moments` of all rows, kept or not. They are the pool's own, until it changes."""
         self._sum_up()
-        return replace(self.first_moments(), gram=self._grams.sum(0) + self._gram_without_rows)
+        gram = self._grams.sum(0) + self._gram_without_rows
+        if self._known:
+            gram += self._gram_of_known
+        return replace(self.first_moments(), gram=gram)
+
+    def known_sums(self) -> KnownSums | None:
+        """What `know` takes; None where some tasks keep statistics only."""
+        if any(task.sums is not None for task in self._in_order):
+            return None
+        total = self.total()
+        return KnownSums(self._in_order, self._first, total.counts, total.sums, total.gram)
+
+    def know(self, sums: KnownSums) -> None:
+        """Take over the sums of tasks, so that their rows need not be read; nobody may be here."""
+        self._in_order = self._added = list(sums.tasks)
+        self._tasks = {task.key: task for task in sums.tasks}
+        self._known, self._gram_of_known = dict(self._tasks), sums.gram
+        self._first, self._counts = sums.first, sums.counts
+        self._sums.insert([0] * len(sums.sums), sums.sums)
 
     def first_moments(self) -> Moments:
         """As `total`, but `gram` is empty."""
@@ -287,7 +324,15 @@ class PooledMoments:
         `gram` is empty. Clusters that are left without rows are not among them.
         """
         numbers, place = np.unique(chosen.task, return_inverse=True)
-        counts, sums, first = _sums_of_tasks([self.tasks[number] for number in numbers.tolist()])
+        if self._added is self._in_order:
+            sizes = np.diff(self._first)
+            mine = np.isin(np.repeat(np.arange(len(sizes)), sizes), numbers)
+            counts, sums = self._counts[mine], self._sums.rows[mine]
+            first = np.zeros(len(numbers) + 1, np.int64)
+            np.cumsum(sizes[numbers], out=first[1:])
+        else:
+            tasks = [self.tasks[number] for number in numbers.tolist()]
+            counts, sums, first = _sums_of_tasks(tasks)
         taken_counts, taken_sums = _sums_by_cluster(
             chosen.of(lambda task: self.tasks[task].embeddings),
             first[place] + chosen.of(lambda task: self.tasks[task].clusters),
@@ -354,12 +399,21 @@ class PooledMoments:
 
     def _sum_up(self) -> None:
         """Bring the second moments up to date with the tasks."""
+        left = [each for key, each in self._known.items() if self._tasks.get(key) is not each]
         going = [each for key, each in self._summed.items() if self._tasks.get(key) is not each]
-        coming = [each for key, each in self._tasks.items() if self._summed.get(key) is not each]
+        coming = [
+            each
+            for key, each in self._tasks.items()
+            if self._summed.get(key) is not each and self._known.get(key) is not each
+        ]
         with one_blas_thread():
+            for task in left:
+                del self._known[task.key]
+                rows = task.embeddings.astype(np.float64)
+                self._gram_of_known -= rows.T @ rows
             self._accumulate(going, np.subtract)
             self._accumulate(coming, np.add)
-        self._summed = dict(self._tasks)
+        self._summed = {key: each for key, each in self._tasks.items() if key not in self._known}
 
     def _accumulate(self, tasks: Sequence[TaskStatistics], change: np.ufunc) -> None:
         """Add the second moments of `tasks`, or subtract them: many rows in one product."""

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from router.errors import CorruptArtifactError
 from router.head import ROWS_TENSOR, Head, row_blocks
 from router.head_files import HeadReader
 from router.interfaces import FloatArray
@@ -26,6 +26,8 @@ from trainer.artifact_writer import ArtifactWriter
 
 LEAST_TASKS = 1024
 """Heads of fewer are one file."""
+_SIZE_BYTES = 8
+_DIGEST = re.compile("[0-9a-f]{64}")
 # On average: a task whose digest is a multiple of it begins a block.
 _TASKS_PER_BLOCK = 256
 
@@ -95,20 +97,36 @@ class HeadWriter(HeadReader):
             }
 
     def _blocks(self, sha256: str) -> frozenset[str]:
+        """The digests of a head's blocks, from the header of its file; none where that is damaged.
+
+        Rows, which are most of other heads, are not read.
+        """
         if sha256 not in self._blocks_of:
             found: list[str] = []
-            with contextlib.suppress(CorruptArtifactError, KeyError, ValueError):
-                found = row_blocks(self._files.read(sha256))
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                path = self._files.path(sha256)
+                most = path.stat().st_size
+                with path.open("rb") as file:
+                    size = file.read(_SIZE_BYTES)
+                    header = file.read(min(int.from_bytes(size, "little"), most))
+                found = row_blocks(size + header)
+                # Whatever stands there becomes the name of a file that may go.
+                found = [block for block in found if _DIGEST.fullmatch(block)]
             self._blocks_of[sha256] = frozenset(found)
         return self._blocks_of[sha256]
+
+
+def block_starts(tasks: Sequence[TaskKey]) -> list[int]:
+    """The places of those of `tasks`, in canonical order, that begin a block; the first does."""
+    digests = np.array([*map(key_digest, tasks)], np.uint64)
+    return sorted({0, *np.flatnonzero(digests % _TASKS_PER_BLOCK == 0).tolist()})
 
 
 def _block_starts(head: Head) -> list[int]:
     """The rows of a head that begin a block; none where it is one file."""
     if head.kind != "nearest-mean" or len(head.tasks) < LEAST_TASKS:
         return []
-    digests = np.array([*map(key_digest, head.tasks)], np.uint64)
-    return sorted({0, *np.flatnonzero(digests % _TASKS_PER_BLOCK == 0).tolist()})
+    return block_starts(head.tasks)
 
 
 def _same_bits(some: FloatArray, others: FloatArray) -> bool:

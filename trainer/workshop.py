@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,13 @@ from router.bootstrap import load_fast_model
 from router.cascade import FastHeads, FastModel
 from router.catalog import ARTIFACTS_FOLDER, HEADS_FOLDER, StoredChallenger
 from router.challengers import Challenge
-from router.compiling import changed_decisions, compile_head
+from router.compiling import UNSCORED, changed_decisions, compile_head
 from router.errors import (
     CatalogBusyError,
     CorruptArtifactError,
     IncompatibleModelError,
     InvalidInputError,
+    StorageError,
     TaskNotFoundError,
 )
 from router.fitting import Background
@@ -32,7 +34,8 @@ from trainer.catalog_writer import CatalogWriter, Publication
 from trainer.challenge_rules import standing_challenges
 from trainer.commands import PolicyChange
 from trainer.gate import GateReport, check, measure
-from trainer.head_writer import HeadWriter
+from trainer.head_writer import HeadWriter, block_starts
+from trainer.kept_sums import KeptSums
 from trainer.policies import changed_policy
 
 _KEPT_HEADS = 16
@@ -75,6 +78,9 @@ class Workshop:
         self._heads = HeadWriter(home / HEADS_FOLDER)
         self._background: Background | None = None
         self._pool = PooledMoments(encoder.dimension)
+        self._kept_sums = KeptSums(home)
+        # The digests of the tasks' stored rows.
+        self._contents: dict[TaskKey, str] = {}
         self._sample_scores = SampleScores()
         self._statistics: dict[TaskKey, TaskStatistics] = {}
         self._rows = _RowCounts(self._count_rows)
@@ -229,6 +235,7 @@ class Workshop:
             fast_sha256 = self._heads.write(fast_head)[0] if fast_head is not None else None
             # Last, as that is what the next one will be like.
             head_sha256, head_bytes = self._heads.write(head)
+            self._keep_sums(head)
             gone = tuple(each for each in stood if each.key not in {left.key for left in stand})
             revision = catalog.append(
                 Publication(
@@ -268,6 +275,8 @@ class Workshop:
         policy: Policy,
         before: Head | None,
     ) -> Head:
+        if policy.head != "nearest-mean" and before is not None and not self._pool.tasks:
+            self._take_over_sums(before)
         self._pool.hold(set(keys), lambda key: self._task_statistics(key, new))
         return compile_head(
             self._pool,
@@ -279,6 +288,35 @@ class Workshop:
             sample_scores=self._sample_scores,
             before=before,
         )
+
+    def _take_over_sums(self, before: Head) -> None:
+        """Let the pool know the sums that are kept, where the head before needed no others."""
+        if _is_sampled(before):
+            known = self._kept_sums.read(self.encoder.dimension, self._stored_statistics)
+            if known is not None:
+                self._pool.know(known)
+
+    def _stored_statistics(self, key: TaskKey, sha256: str) -> TaskStatistics:
+        """The task of that key, if these are its stored rows.
+
+        Raises:
+            CorruptArtifactError: they are not.
+            PromptyardError: there is no such task, or none of this encoder.
+        """
+        statistics = self._task_statistics(key, {})
+        if self._contents[key] != sha256:
+            raise CorruptArtifactError(f"kept sums of {key}", "of other rows", "publish again")
+        return statistics
+
+    def _keep_sums(self, head: Head) -> None:
+        """Keep the sums that `head` was compiled with; where they cannot be, nothing is lost."""
+        if head.kind == "nearest-mean" or not _is_sampled(head):
+            return
+        sums = self._pool.known_sums()
+        if sums is not None:
+            keys = [task.key for task in sums.tasks]
+            with contextlib.suppress(OSError, StorageError):
+                self._kept_sums.write(sums, block_starts(keys), self._contents.__getitem__)
 
     def _compile_fast(
         self, keys: Collection[TaskKey], new: Mapping[TaskKey, TaskRecord], policy: Policy
@@ -308,6 +346,7 @@ class Workshop:
             self._fast_heads = FastHeads(self.artifacts, self._fast_heads.fast)
         for record in records:
             self._statistics.pop(record.key, None)
+            self._contents.pop(record.key, None)
             self._rows.pop(record.key, None)
         unpublished = {record.key for record in records}
         self._pool.update(task for task in self._pool.tasks if task.key not in unpublished)
@@ -328,6 +367,7 @@ class Workshop:
                     " with --revise",
                 )
             self._statistics[key] = statistics_of(self.artifacts, record)
+            self._contents[key] = record.embeddings_sha256
         return self._statistics[key]
 
     def _count_rows(self, key: TaskKey) -> int:
@@ -362,6 +402,11 @@ class Workshop:
         if last > 0:
             recent = self.catalog.head_digests(last + 1, newest)
             self._heads.remove(self.catalog.head_digests(last, last) - recent, recent)
+
+
+def _is_sampled(head: Head) -> bool:
+    """Whether a head was calibrated on some of the rows alone: then it needs sums over the rest."""
+    return bool((head.held_out == UNSCORED).any())
 
 
 class _RowCounts(dict[TaskKey, int]):
