@@ -91,12 +91,14 @@ def register(home: Path, name: str, number: int) -> tuple[float, float]:
     data.write_text("".join(json.dumps({"input": text}) + "\n" for text in rows), encoding="utf-8")
     command = ["register", name, "--home", str(home), "--data", str(data), "--no-prompt"]
     began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(
+    run = subprocess.run(
         [sys.executable, "-m", "trainer.cli", *command, "--force", "rows of many tasks"],
-        check=True,
-        stdout=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
     )
     seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    if run.returncode:
+        raise SystemExit(run.stderr)
     busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return seconds, busy
 
