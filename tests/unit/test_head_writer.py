@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +14,7 @@ import pytest
 
 from router import sampling
 from router.catalog import HEADS_FOLDER, CatalogReader
-from router.errors import CorruptArtifactError
+from router.errors import CorruptArtifactError, StorageError
 from router.head import Head
 from router.head_files import HeadReader
 from router.loading import SnapshotLoader
@@ -278,3 +281,32 @@ def test_blocks_of_different_widths_make_no_head(tmp_path: Path, workshop: Works
     digest = files.write(*head.to_file(odd))
     with pytest.raises(CorruptArtifactError, match="compiled head"):
         HeadReader(tmp_path / "heads").read(digest)
+
+
+@pytest.mark.parametrize("passage", range(4))
+def test_a_publish_that_fails_at_any_of_its_files_leaves_the_head_of_before(
+    workshop: Workshop, passage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = workshop.newest_head().to_bytes()
+    replace, passed = os.replace, 0
+
+    def failing(source: str, target: Path) -> None:
+        nonlocal passed
+        passed += 1
+        if passed == passage + 1:
+            raise OSError(errno.ENOSPC, "no space left")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", failing)
+        # The rows, a block or two, the head.
+        with pytest.raises(StorageError) if passage < 3 else contextlib.nullcontext():
+            publish_means(workshop, "another")
+    newest = workshop.catalog.newest_revision()
+    if newest == 1:
+        assert loaded(workshop.home, 1).to_bytes() == before
+        published = publish_means(workshop, "another")
+        assert loaded(workshop.home, 2).to_bytes() == published.head.to_bytes()
+    with new_workshop(workshop.home) as other:
+        again = publish_means(other, "and-another")
+        assert loaded(other.home, again.revision).to_bytes() == again.head.to_bytes()
