@@ -225,7 +225,7 @@ def _decided_among(
             if closeness is not None:
                 part = scores[fold::FOLDS]
                 tasks = np.broadcast_to(among, part.shape)
-                part += closeness.of(queries[fold::FOLDS, :-1], tasks, fold)
+                part += closeness.of(queries[fold::FOLDS, :-1], tasks, without_fold=fold)
         winner = among[scores.argmax(1)]
         accepted = scores.max(1) >= thresholds[winner]
         decided[key] = np.where(accepted, winner, REJECTED).astype(np.int32)
