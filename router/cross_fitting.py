@@ -37,14 +37,15 @@ class Fold:
     """The rows of fold `number` and a fit without them.
 
     `places` `[n]` number the rows in canonical order; the rows of task t are `starts[t]` to
-    `starts[t + 1]` of the fold. `offsets[i]` `[n]` is the part of term i's score that is the same
-    for all tasks.
+    `starts[t + 1]` of the fold, and `row` `[n]` numbers them within the task. `offsets[i]` `[n]`
+    is the part of term i's score that is the same for all tasks.
     """
 
     number: int
     fit: Fit
     places: NDArray[np.int64]
     starts: NDArray[np.int64]
+    row: NDArray[np.int64]
     centered: FloatArray
     offsets: tuple[FloatArray, ...]
 
@@ -52,6 +53,10 @@ class Fold:
     def task(self) -> NDArray[np.int64]:
         """The number of each row's task `[n]`."""
         return np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
+
+    def stored(self, rows: slice) -> ChosenRows:
+        """Which of the tasks' stored rows some rows of the fold are."""
+        return ChosenRows(self.task[rows], self.row[rows])
 
     def centered_at(self, center: FloatArray, rows: NDArray[np.int64] | slice) -> FloatArray:
         """The embeddings `[n, D]` of some rows, centred elsewhere than the fit centres them."""
@@ -197,6 +202,7 @@ class CrossFitting:
             fit,
             np.arange(places.start, places.stop),
             np.searchsorted(mine.task, np.arange(len(self._pool.tasks) + 1)),
+            mine.row,
             centered,
             tuple(_offsets(term, centered) for term in fit.terms),
         )
@@ -213,6 +219,7 @@ class CrossFitting:
             fit,
             np.concatenate(places),
             np.cumsum([0, *(len(rows) for rows in places)]),
+            np.concatenate([rows - begin for rows, begin in zip(places, first[:-1], strict=True)]),
             centered,
             tuple(_offsets(term, centered) for term in fit.terms),
         )
@@ -365,9 +372,9 @@ def _contested_in_fold(
     best_rows = _best_rows(together, starts, tasks)
     terms = [np.take_along_axis(scores, best_rows, 1) for scores in per_term]
     if closeness is not None:
-        terms.append(
-            closeness.of(fold.centered_at(closeness.center, rows), present[tasks], fold.number)
-        )
+        # Beside terms that know none of the fold's rows, a closeness that does counts for too much.
+        centered = fold.centered_at(closeness.center, rows)
+        terms.append(closeness.of(centered, present[tasks], without_fold=fold.number))
     return Contested(np.stack(terms), (tasks == own_task[:, None]).argmax(1))
 
 
@@ -413,7 +420,8 @@ def _score_part(
     for offsets, weight in zip(fold.offsets, weights, strict=True):
         scores += (offsets[part] * weight)[:, None]
     if closeness is not None:
-        closeness.add_to(scores, fold.centered_at(closeness.center, part), fold.number)
+        # Nothing is fitted to a stored row but itself: it is all that has to be left out.
+        closeness.add_to(scores, fold.centered_at(closeness.center, part), fold.stored(part))
     number = np.arange(len(at))
     found.task[at] = own_task
     found.own[at] = scores[number, own_task]

@@ -24,7 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router.interfaces import FloatArray
-from router.statistics import FIXED_POINT, FOLDS, TaskStatistics, to_fixed_point
+from router.statistics import (
+    FIXED_POINT,
+    FOLDS,
+    ChosenRows,
+    TaskStatistics,
+    to_fixed_point,
+)
 from router.whitening import whitened
 
 MAX_EXAMPLES = 16_384
@@ -161,11 +167,17 @@ class Closeness:
         return other
 
     def of(
-        self, centered: FloatArray, tasks: NDArray[np.int64], without_fold: int | None = None
+        self,
+        centered: FloatArray,
+        tasks: NDArray[np.int64],
+        *,
+        without_fold: int | None = None,
+        stored: ChosenRows | None = None,
     ) -> FloatArray:
         """Closeness `[B, S]` of each centred embedding `[B, D]` to each of its tasks `[B, S]`.
 
-        Examples of the fold `without_fold` are left out.
+        Examples of the fold `without_fold` are left out. Where the embeddings are those of the
+        `stored` rows, none counts as close to itself.
         """
         nearest = np.full(tasks.size, _LEAST_CLOSENESS)
         if not tasks.size:
@@ -176,23 +188,24 @@ class Closeness:
         numbers = tasks.ravel()[by_task]
         begins = np.flatnonzero(np.diff(numbers, prepend=-1)).tolist()
         for begin, end in itertools.pairwise([*begins, len(numbers)]):
-            places = by_task[begin:end]
-            products = queries[places // tasks.shape[1]] @ self._of_task[numbers[begin]].T
-            usable = products.shape[1]
+            places, number = by_task[begin:end], numbers[begin]
+            asking = places // tasks.shape[1]
+            products = queries[asking] @ self._of_task[number].T
+            usable = np.full(len(asking), products.shape[1])
             if without_fold is not None:
                 out = products[:, without_fold::FOLDS]
                 out[:] = _LEAST_CLOSENESS
                 usable -= out.shape[1]
-            if usable:
-                nearest[places] = _mean_of_highest(products, min(usable, NEIGHBOURS))
+            if stored is not None:
+                row = stored.row[asking]
+                among = np.flatnonzero((stored.task[asking] == number) & (row < usable))
+                products[among, row[among]] = _LEAST_CLOSENESS
+                usable[among] -= 1
+            nearest[places] = _mean_of_nearest(products, np.minimum(usable, NEIGHBOURS))
         return nearest.reshape(tasks.shape) * self.weight
 
     def add_to_best(
-        self,
-        scores: FloatArray,
-        tasks: NDArray[np.int64],
-        centered: FloatArray,
-        without_fold: int | None = None,
+        self, scores: FloatArray, tasks: NDArray[np.int64], centered: FloatArray
     ) -> None:
         """Add to scores `[B, N]` of tasks `[B, N]`, best first. Only the best ones' are looked at.
 
@@ -200,22 +213,34 @@ class Closeness:
         """
         if not scores.size:
             return
-        added = self.of(centered, tasks[:, :SHORTLIST], without_fold)
+        added = self.of(centered, tasks[:, :SHORTLIST])
         scores[:, :SHORTLIST] += added
         scores[:, SHORTLIST:] += added.min(1, keepdims=True)
 
     def add_to(
-        self, scores: FloatArray, centered: FloatArray, without_fold: int | None = None
+        self, scores: FloatArray, centered: FloatArray, stored: ChosenRows | None = None
     ) -> None:
-        """Add to scores `[B, K]` of all tasks, in the order of their numbers, as `add_to_best`."""
+        """Add to scores `[B, K]` of all tasks, in the order of their numbers, as `add_to_best`.
+
+        `stored` as in `of`.
+        """
         if not scores.size:
             return
         tasks = best_first(scores)
-        added = self.of(centered, tasks, without_fold)
+        added = self.of(centered, tasks, stored=stored)
         least = added.min(1, keepdims=True)
         best = np.take_along_axis(scores, tasks, 1) + added
         scores += least
         np.put_along_axis(scores, tasks, best, 1)
+
+
+def _mean_of_nearest(products: FloatArray, counts: NDArray[np.int64]) -> FloatArray:
+    """The mean `[n]` of the highest `counts` `[n]` of products `[n, E]`, where there are any."""
+    found = np.full(len(products), _LEAST_CLOSENESS)
+    for count in np.unique(counts[counts > 0]).tolist():
+        asking = slice(None) if (counts == count).all() else counts == count
+        found[asking] = _mean_of_highest(products[asking], count)
+    return found
 
 
 def _mean_of_highest(products: FloatArray, count: int) -> FloatArray:

@@ -253,7 +253,7 @@ def _decided_among(
         for fold in range(FOLDS):
             part = fold_of == fold
             tasks = np.broadcast_to(among, (int(part.sum()), len(among)))
-            scores[part] += closeness.of(queries[part, :-1], tasks, fold)
+            scores[part] += closeness.of(queries[part, :-1], tasks, without_fold=fold)
     winner = among[scores.argmax(1)]
     accepted = scores.max(1) >= np.array(head.thresholds)[winner]
     decided = np.where(accepted, winner, REJECTED).astype(np.int32)

@@ -17,7 +17,7 @@ from router.examples import (
     sample_examples,
 )
 from router.index import CentroidIndex
-from router.statistics import FOLDS, TaskStatistics, to_fixed_point
+from router.statistics import FOLDS, ChosenRows, TaskStatistics, to_fixed_point
 from router.tasks import TaskKey
 from router.whitening import whitening_of
 from tests.catalogs import random_task
@@ -98,6 +98,45 @@ def test_rows_of_the_fold_that_is_left_out_are_not_looked_at() -> None:
     others = np.delete(biased, [0, FOLDS])
     found = Closeness(examples, 1.0).of(task.vectors[:1], np.array([[0]]), without_fold=0)
     assert found[0, 0] == pytest.approx(np.sort(others)[-NEIGHBOURS:].mean(), abs=1e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 2, NEIGHBOURS, NEIGHBOURS + 1, 20])
+def test_a_stored_row_is_close_to_the_other_rows_of_its_task_and_not_to_itself(rows: int) -> None:
+    rng = np.random.default_rng(4)
+    mine, other = (
+        TaskStatistics(
+            TaskKey(name, 1),
+            to_fixed_point(unit_rows(rng.normal(size=(rows, DIMENSION)).astype(np.float32))),
+            np.zeros(rows, np.int16),
+        )
+        for name in "ab"
+    )
+    examples = sample_examples([mine, other], ORIGIN, PLAIN)
+    assert examples is not None
+    last = rows - 1
+    stored = ChosenRows(np.array([0]), np.array([last]))
+    found = Closeness(examples, 1.0).of(mine.vectors[[last]], np.array([[0, 1]]), stored=stored)
+    biased = examples.vectors / 2.0**15 @ mine.vectors[last] + examples.biases
+    if rows > 1:
+        expected = np.sort(np.delete(biased[:rows], last))[-NEIGHBOURS:].mean()
+        assert found[0, 0] == pytest.approx(expected, abs=1e-3)
+    else:
+        assert found[0, 0] < -1
+    of_other = np.sort(biased[rows:])[-NEIGHBOURS:].mean()
+    assert found[0, 1] == pytest.approx(of_other, abs=1e-3)
+
+
+def test_a_stored_row_that_is_no_example_leaves_none_out() -> None:
+    rng = np.random.default_rng(5)
+    task = random_task("a", rng, rows=MAX_EXAMPLES_PER_TASK + 1, dimension=DIMENSION, spread=3.0)
+    examples = sample_examples([task], ORIGIN, PLAIN)
+    assert examples is not None
+    closeness = Closeness(examples, 1.0)
+    stored = ChosenRows(np.array([0]), np.array([MAX_EXAMPLES_PER_TASK]))
+    query, tasks = task.vectors[[MAX_EXAMPLES_PER_TASK]], np.array([[0]])
+    np.testing.assert_array_equal(
+        closeness.of(query, tasks, stored=stored), closeness.of(query, tasks)
+    )
 
 
 def unit_rows(vectors: np.ndarray) -> np.ndarray:
