@@ -67,9 +67,12 @@ _PRIOR_REGRESSION, _REGRESSION_PENALTY = 0.0, 10.0
 _PRIOR_CLOSENESS = 2.0
 # How many tasks' means are worked out at a time.
 _MEANS_AT_ONCE = 1024
-# The covariance of text in general knows the rows of all tasks. One that knows a row makes it look
-# common, which matters until there are so many rows for each dimension: then the folds share one.
-_ROWS_TO_SHARE = 4
+# Under so many rows for each dimension there are few. The covariance of text in general knows the
+# rows of all tasks, and one that knows a row makes it look common: where there are few, each fold
+# has its own, else they share one. And a row is close to fewer others where a fifth of the rows is
+# left out: where there are few, it alone is left out. (Where there are many that matters less than
+# that a row may have a twin, written by the same hand, which a fresh text has not.)
+_FEW_ROWS = 4
 # The share of the likelihood ratio against text in general, which ranks as the discriminant does:
 # of what that counts, or would count without the regression, which ranks better and rejects worse.
 _RATIO_SHARE = 0.5
@@ -176,7 +179,7 @@ def _discriminants(
 
     def for_folds(total: Moments) -> Fitter:
         general = None
-        if total.counts.sum() >= _ROWS_TO_SHARE * dimension:
+        if total.counts.sum() >= _FEW_ROWS * dimension:
             general = general_precision(total, background, single=True)
         return lda_fitter(background, with_cosine=not near, single=True, general=general)
 
@@ -203,7 +206,8 @@ def _discriminants(
     weights = _weigh(fitting, weighed, closeness) if folds else _WEIGHTS_WITHOUT_ROWS
     counts = closeness is not None and weights.closeness > 0
     closeness = closeness.weighing(weights.closeness) if closeness and counts else None
-    held_out = fitting.score(folds, weights.terms, closeness)
+    few = sum(task.row_count for task in tasks) < _FEW_ROWS * dimension
+    held_out = fitting.score(folds, weights.terms, closeness, close_in_fold=few)
     return _Found(whole, held_out, weights, examples if closeness is not None else None)
 
 

@@ -263,8 +263,13 @@ class CrossFitting:
         folds: Sequence[Fold],
         weights: Sequence[float],
         closeness: Closeness | None = None,
+        *,
+        close_in_fold: bool = False,
     ) -> HeldOutScores:
-        """Score every row by the fit without its fold; the rows are in canonical order again."""
+        """Score every row by the fit without its fold; the rows are in canonical order again.
+
+        With `close_in_fold` a row may be close to the others of its fold, else to none of them.
+        """
         count = sum(len(fold.places) for fold in folds)
         own = np.full(count, -np.inf, np.float32)
         scores = HeldOutScores(
@@ -278,7 +283,7 @@ class CrossFitting:
             for key, rows in zip(fits, combined, strict=True)
         }
         parts = [
-            (fold, rows_of[id(fold.fit)], weights, closeness, scores, part)
+            (fold, rows_of[id(fold.fit)], weights, closeness, close_in_fold, scores, part)
             for fold in folds
             for part in _parts(fold)
         ]
@@ -406,6 +411,7 @@ def _score_part(
     rows: FloatArray,
     weights: Sequence[float],
     closeness: Closeness | None,
+    close_in_fold: bool,
     found: HeldOutScores,
     part: slice,
 ) -> None:
@@ -420,8 +426,11 @@ def _score_part(
     for offsets, weight in zip(fold.offsets, weights, strict=True):
         scores += (offsets[part] * weight)[:, None]
     if closeness is not None:
-        # Nothing is fitted to a stored row but itself: it is all that has to be left out.
-        closeness.add_to(scores, fold.centered_at(closeness.center, part), fold.stored(part))
+        centered = fold.centered_at(closeness.center, part)
+        if close_in_fold:
+            closeness.add_to(scores, centered, stored=fold.stored(part))
+        else:
+            closeness.add_to(scores, centered, without_fold=fold.number)
     number = np.arange(len(at))
     found.task[at] = own_task
     found.own[at] = scores[number, own_task]

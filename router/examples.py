@@ -218,16 +218,21 @@ class Closeness:
         scores[:, SHORTLIST:] += added.min(1, keepdims=True)
 
     def add_to(
-        self, scores: FloatArray, centered: FloatArray, stored: ChosenRows | None = None
+        self,
+        scores: FloatArray,
+        centered: FloatArray,
+        *,
+        without_fold: int | None = None,
+        stored: ChosenRows | None = None,
     ) -> None:
         """Add to scores `[B, K]` of all tasks, in the order of their numbers, as `add_to_best`.
 
-        `stored` as in `of`.
+        `without_fold` and `stored` as in `of`.
         """
         if not scores.size:
             return
         tasks = best_first(scores)
-        added = self.of(centered, tasks, stored=stored)
+        added = self.of(centered, tasks, without_fold=without_fold, stored=stored)
         least = added.min(1, keepdims=True)
         best = np.take_along_axis(scores, tasks, 1) + added
         scores += least

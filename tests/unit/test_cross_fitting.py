@@ -36,8 +36,9 @@ def closeness_of(tasks: list[TaskStatistics], weight: float) -> Closeness:
 
 @pytest.mark.parametrize("weight", [0.0, 3.0])
 @pytest.mark.parametrize("rows", [(23, 4, 11), (30,), (3, 1)])
+@pytest.mark.parametrize("close_in_fold", [False, True])
 def test_rows_are_scored_by_a_fit_to_the_rows_of_the_other_folds(
-    rows: tuple[int, ...], weight: float
+    rows: tuple[int, ...], weight: float, close_in_fold: bool
 ) -> None:
     rng = np.random.default_rng(0)
     tasks = [
@@ -50,7 +51,8 @@ def test_rows_are_scored_by_a_fit_to_the_rows_of_the_other_folds(
     biases = np.split(examples.biases, examples.starts[1:-1])
     with cross_fitting(pooled(tasks)) as fitting:
         _, folds = fitting.fit(fitter, lambda _: fitter)
-        found = fitting.score(folds, weights, closeness_of(tasks, weight) if weight else None)
+        closeness = closeness_of(tasks, weight) if weight else None
+        found = fitting.score(folds, weights, closeness, close_in_fold=close_in_fold)
     moments = pooled(tasks)
     place = 0
     for number, task in enumerate(tasks):
@@ -65,8 +67,9 @@ def test_rows_are_scored_by_a_fit_to_the_rows_of_the_other_folds(
             scores -= x @ term.offset @ x
             for other, near in enumerate(tasks):
                 cosines = near.vectors @ vector + biases[other]
-                # Nothing is fitted to the other rows of the fold: a text may be close to them.
-                kept = np.delete(cosines, row) if other == number else cosines
+                kept = cosines[near.folds != row % FOLDS]
+                if close_in_fold:
+                    kept = np.delete(cosines, row) if other == number else cosines
                 nearest = np.sort(kept)[-NEIGHBOURS:]
                 scores[other] += weight * (nearest.mean() if len(nearest) else -1.25)
             assert found.task[place] == number
