@@ -169,35 +169,45 @@ def _without_prompt(
     base_model: LanguageModel, requests: Sequence[RegisterTask], rows: Sequence[HeldOut]
 ) -> float:
     """The share of right answers of the base model alone, with the right task's labels."""
-    outputs = {
+    labels = {
         request.name: None if request.free_text else closed_outputs(_examples(request.data))
         for request in requests
     }
-    return share(
-        same_text(
-            _answer(base_model, PromptedInput(row.input, None), outputs.get(row.task)), row.output
-        )
-        for row in rows
+    return _share_right(
+        base_model,
+        rows,
+        [PromptedInput(row.input, None) for row in rows],
+        [labels.get(row.task) for row in rows],
     )
 
 
 def _prompt_alone(base_model: LanguageModel, snapshot: Snapshot, rows: Sequence[HeldOut]) -> float:
     """The share of right answers under the right task's prompt, without a label classifier."""
-    right = 0
+    kept, inputs, labels = [], [], []
     for row in rows:
         task = snapshot.tasks.get(row.task)
         if task is not None and task.prompt is not None:
-            prompted = PromptedInput(row.input, task.prompt.values, task.prompt.method)
-            right += same_text(_answer(base_model, prompted, task.record.outputs), row.output)
-    return right / len(rows)
+            kept.append(row)
+            inputs.append(PromptedInput(row.input, task.prompt.values, task.prompt.method))
+            labels.append(task.record.outputs)
+    return _share_right(base_model, kept, inputs, labels) * len(kept) / len(rows)
 
 
-def _answer(
-    base_model: LanguageModel, prompted: PromptedInput, labels: tuple[str, ...] | None
-) -> str:
-    if labels is None:
-        return base_model.generate([prompted], _ANSWER_TOKENS)[0].text
-    return labels[base_model.score([prompted], [labels])[0].best]
+def _share_right(
+    base_model: LanguageModel,
+    rows: Sequence[HeldOut],
+    inputs: Sequence[PromptedInput],
+    labels: Sequence[tuple[str, ...] | None],
+) -> float:
+    """The share of rows that the base model answers rightly: with one of `labels`, or freely."""
+    closed = [i for i, words in enumerate(labels) if words is not None]
+    free = [i for i, words in enumerate(labels) if words is None]
+    choices = [labels[i] or () for i in closed]
+    scores = base_model.score([inputs[i] for i in closed], choices)
+    answers = {i: words[row.best] for i, words, row in zip(closed, choices, scores, strict=True)}
+    written = base_model.generate([inputs[i] for i in free], _ANSWER_TOKENS)
+    answers |= {i: each.text for i, each in zip(free, written, strict=True)}
+    return share(same_text(answers[i], row.output) for i, row in enumerate(rows))
 
 
 def _tfidf_routing(requests: Sequence[RegisterTask], rows: Sequence[HeldOut]) -> float:

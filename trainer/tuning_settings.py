@@ -41,14 +41,16 @@ class TuningSettings:
 
     `method` is where the base model reads the prompt: `prompt`, before the input embeddings, or
     `prefix`, as keys and values of every layer. `length` is P, the virtual tokens.
-    `rows_per_step` are per task; the learning rate rises
-    over `warmup_steps` (at most a tenth of all steps) and falls to zero along a cosine. The
-    validation rows are tried `validations` times, evenly spread; a task stops after `patience` of
-    them in a row without a better result, and its best prompt is kept.
+    `rows_per_step` are per task (0: 4 where there are fewer than 400 rows and a closed set of
+    outputs, else 8); the learning rate rises over `warmup_steps` (at most a tenth of all steps) and
+    falls to zero along a cosine. The validation rows are tried `validations` times, evenly spread;
+    a task stops after `patience` of them in a row without a better result, and its best prompt is
+    kept.
 
     With few rows, those for validation are worth more as examples: `refit` `auto` tunes the prompt
-    once more on all of them, for as many steps as were best, where the steps go through the
-    training rows more than once. What is reported was measured before that.
+    once more on all of them, where the steps go through the training rows more than once: for as
+    many steps as were best, or for all of them where the rows are fewer than 400. What is reported
+    was measured before that.
 
     A task is tuned with each of `seeds` seeds from `seed` on, and the best on the validation rows
     is kept. `schedule` is how the rate falls. `reparametrisation` `residual` tunes P + MLP(P) with
@@ -62,7 +64,7 @@ class TuningSettings:
     length: int = 20
     learning_rate: float = 0.01
     steps: int = 60
-    rows_per_step: int = 8
+    rows_per_step: int = 0
     warmup_steps: int = 50
     initialisation: Initialisation = "examples"
     validations: int = 6
@@ -117,9 +119,7 @@ def check_tuning(jobs: Sequence[TuningJob], settings: TuningSettings) -> None:
     Raises:
         InvalidInputError: says which.
     """
-    for field in (
-        *("length", "steps", "rows_per_step", "validations", "patience", "seeds", "bottleneck"),
-    ):
+    for field in ("length", "steps", "validations", "patience", "seeds", "bottleneck"):
         if getattr(settings, field) < 1:
             raise InvalidInputError(field, getattr(settings, field), "give at least 1")
     if not 0 < settings.learning_rate < math.inf:
@@ -129,7 +129,10 @@ def check_tuning(jobs: Sequence[TuningJob], settings: TuningSettings) -> None:
             raise InvalidInputError(
                 field, getattr(settings, field), f"choose one of {', '.join(get_args(choices))}"
             )
-    for field in ("warmup_steps", "clip_norm", "micro_batch_positions", "rejected_weight"):
+    for field in (
+        *("rows_per_step", "warmup_steps", "clip_norm", "micro_batch_positions"),
+        *("rejected_weight",),
+    ):
         if not 0 <= getattr(settings, field) < math.inf:
             raise InvalidInputError(field, getattr(settings, field), "give 0 or more")
     repeated = [name for name, count in Counter(job.name for job in jobs).items() if count > 1]

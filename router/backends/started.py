@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -36,8 +37,13 @@ class Started:
 
     def select(self, rows: Tensor) -> Started:
         """The rows of these indices `[N]`, repeats allowed."""
-        cache = _shallow_copy(self.cache)
-        cache.batch_select_indices(rows)
+        if remembers_all(self.cache):
+            # The gradient of this takes a tenth of the time that the one of indexing takes.
+            chosen = partial(torch.index_select, dim=0, index=rows)
+            cache = _with_states(self.cache, chosen, chosen)
+        else:
+            cache = _shallow_copy(self.cache)
+            cache.batch_select_indices(rows)
         return Started(
             self.next_logits[rows],
             cache,

@@ -25,6 +25,7 @@ from tests.unit.small_models import KINDS, save_small_model
 from trainer.answer_metrics import Metric, score
 from trainer.prompt_parameters import PromptParameters
 from trainer.prompt_quality import Quality, Trial, majority_score, measure, same_text
+from trainer.task_tuning import TaskTuning
 from trainer.tuned_prompt import TunedPrompt, TuningFailure
 from trainer.tuning import tune
 from trainer.tuning_options import tuning_settings
@@ -192,6 +193,31 @@ def test_a_prompt_of_few_rows_is_tuned_once_more_on_the_validation_rows_too(
     start = tuned(model, [everything], replace(slow, steps=1, learning_rate=1e-9))["sentiment"]
     assert loss(twice.values) < loss(start.values)
     assert not np.array_equal(twice.values, once.values)
+
+
+def test_few_rows_that_choose_among_labels_take_smaller_steps(model: TorchLanguageModel) -> None:
+    settings = replace(QUICK, steps=1, rows_per_step=0)
+    many = replace(SENTIMENT, name="many", train=SENTIMENT.train * 50)
+    results = tuned(model, [SENTIMENT, COPY, many], settings)
+    rows = {name: result.settings["rows_per_step"] for name, result in results.items()}
+    assert rows == {"sentiment": 4, COPY.name: 8, "many": 8}
+
+
+def test_few_rows_are_tuned_once_more_for_all_steps(model: TorchLanguageModel) -> None:
+    job = replace(SENTIMENT, train=SENTIMENT.train[:6], validation=SENTIMENT.validation[:2])
+    settings = replace(QUICK, steps=6, refit="auto", validations=6, precision="float32")
+    task = TaskTuning(model, job, settings)
+    for step, loss in enumerate((3.0, 1.0, 2.0, 2.0)):
+        task.validated(Quality(0.5, -loss))
+        if step < 3:
+            task.stepped(loss)
+    again = task.refitted(model)
+    assert again is not None
+    steps = 0
+    while again.is_running:
+        again.stepped(1.0)
+        steps += 1
+    assert steps == settings.steps
 
 
 def test_a_prompt_of_many_rows_is_tuned_once(model: TorchLanguageModel) -> None:
@@ -373,7 +399,7 @@ def test_every_initialisation_can_be_tuned(model: TorchLanguageModel, kind: str)
     [
         {"length": 0},
         {"steps": 0},
-        {"rows_per_step": 0},
+        {"rows_per_step": -1},
         {"learning_rate": 0.0},
         {"learning_rate": float("nan")},
         {"warmup_steps": -1},
