@@ -132,20 +132,27 @@ def _examples(path: Path) -> tuple[Example, ...]:
 
 
 def ask_all(client: RouterClient, rows: Sequence[HeldOut]) -> list[Answered]:
-    """Route and answer every row, and under the right task's prompt where that is another."""
+    """Route and answer every row, and ask again under other tasks' prompts where those are meant.
+
+    These are the best-scoring task's, where the row was rejected, and the right task's.
+    """
     served = {task.name for task in client.list_tasks()}
 
     def ask(row: HeldOut) -> Answered:
         events = list(client.generate(row.input, top_k=2, max_output_tokens=_ANSWER_TOKENS))
         decision = next(event for event in events if isinstance(event, Decision))
-        answer, oracle = _text(events), None
-        if decision.used is not None and decision.used.name == row.task:
-            oracle = answer  # that was the question
-        elif row.task in served:
-            oracle = _text(
-                list(client.generate(row.input, task=row.task, max_output_tokens=_ANSWER_TOKENS))
-            )
-        return Answered(row, decision, answer, oracle)
+        answer = _text(events)
+        answers = {} if decision.used is None else {decision.used.name: answer}
+
+        def under(task: str) -> str:
+            if task not in answers:
+                asked = client.generate(row.input, task=task, max_output_tokens=_ANSWER_TOKENS)
+                answers[task] = _text(list(asked))
+            return answers[task]
+
+        routed = under(decision.candidates[0].task.name) if decision.candidates else ""
+        oracle = under(row.task) if row.task in served else None
+        return Answered(row, decision, answer, routed, oracle)
 
     with ThreadPoolExecutor(_CALLERS) as callers:
         return list(callers.map(ask, rows))

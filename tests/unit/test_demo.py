@@ -61,6 +61,17 @@ def test_inputs_of_served_tasks_are_answered_routed_and_under_their_task(
     assert all(a.right and a.rightly_routed and a.oracle_right for a in answered[:2])
 
 
+def test_a_rejected_input_is_wrong_with_rejection_and_answered_by_the_best_task_without() -> None:
+    router = make_router(model=FakeLanguageModel())
+    row = HeldOut("weather", "qqq the rain", "rain")
+    with running_server(router) as address, RouterClient(address) as client:
+        [rejected] = ask_all(client, [row])
+    assert rejected.decision.used is None
+    assert rejected.answer == ""
+    assert rejected.routed
+    assert not rejected.right
+
+
 def test_inputs_of_a_refused_task_are_wrong_whatever_answers_them(
     answered: list[Answered],
 ) -> None:

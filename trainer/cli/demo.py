@@ -140,18 +140,23 @@ def _print_accuracy(result: DemoResult) -> None:
     groups = [(name, [a for a in result.answered if a.row.task == name]) for name in tasks]
     groups.append(("all", list(result.answered)))
     print_table(
-        ["task", "rows", "routing", "routed answers", "oracle's task"],
+        ["task", "rows", "routing", "routed answers", "with rejection", "oracle's task"],
         [
             [
                 name,
                 len(group),
                 f"{share([a.rightly_routed for a in group]):.1%}",
+                f"{share([a.routed_right for a in group]):.1%}",
                 f"{share([a.right for a in group]):.1%}",
                 f"{share([a.oracle_right for a in group]):.1%}",
             ]
             for name, group in groups
         ],
         title="accuracy on held-out inputs",
+    )
+    out.print(
+        "routed answers are under the prompt of the best-scoring task, before rejection; "
+        "with rejection, inputs that were rejected count as wrong"
     )
     out.print(f"routing by TF-IDF + logistic regression, same rows: {result.tfidf_routing:.1%}")
     out.print(f"answers of the base model with no prompt: {result.no_prompt:.1%}")
