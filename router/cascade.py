@@ -20,8 +20,9 @@ from router.head import Head
 from router.interfaces import Encoder
 from router.kept_texts import kept_texts
 from router.loading import read_statistics
+from router.pooled_moments import PooledMoments
 from router.snapshot import Snapshot
-from router.statistics import PooledMoments, TaskStatistics, to_fixed_point
+from router.statistics import TaskStatistics, to_fixed_point
 from router.tasks import Policy, TaskRecord
 
 LEAST_PROBABILITY = 0.99

@@ -31,16 +31,10 @@ from router.fitting import (
 )
 from router.head import CALIBRATION_LEVELS, CALIBRATION_STEPS, Head, empty_head
 from router.interfaces import FloatArray
+from router.pooled_moments import PooledMoments
 from router.sample_scores import SampleScores
 from router.sampling import sampled_rows
-from router.statistics import (
-    ChosenRows,
-    Moments,
-    PooledMoments,
-    TaskStatistics,
-    row_count_of,
-    sums_of_each,
-)
+from router.statistics import ChosenRows, Moments, TaskStatistics, row_count_of, sums_of_each
 from router.sums_only import thresholds_without_rows
 from router.tasks import Policy, TaskKey
 from router.weighing import PENALTY, weigh

@@ -20,9 +20,10 @@ from router.examples import Closeness, Examples, best_first, sample_examples
 from router.fitting import Fit, Fitter, Term, combine, row_scores, step_metric
 from router.head import best_row_per_task
 from router.interfaces import FloatArray
+from router.pooled_moments import PooledMoments
 from router.quadratic_form import QuadraticForm
 from router.regression import PENALTY, fit_regression, regression_rows_per_task
-from router.statistics import FIXED_POINT, FOLDS, ChosenRows, Moments, PooledMoments
+from router.statistics import FIXED_POINT, FOLDS, ChosenRows, Moments
 from router.threads import one_blas_thread
 
 _CHUNK_ROWS = 1024

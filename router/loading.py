@@ -30,9 +30,10 @@ from router.head import Head, empty_head
 from router.head_files import HeadReader
 from router.interfaces import FloatArray, HalfArray
 from router.label_classifier import LabelClassifier
+from router.pooled_moments import PooledMoments
 from router.rejection import RejectionPolicy
 from router.snapshot import Challenger, Snapshot
-from router.statistics import PooledMoments, TaskStatistics, TaskSums, UnreadStatistics
+from router.statistics import TaskStatistics, TaskSums, UnreadStatistics
 from router.tasks import (
     Policy,
     PromptMethod,

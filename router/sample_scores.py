@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from router.cross_fitting import HeldOutScores
 from router.fitting import fit_nearest_mean, row_scores
 from router.interfaces import FloatArray
-from router.statistics import FIXED_POINT, ChosenRows, PooledMoments, TaskStatistics
+from router.pooled_moments import PooledMoments
+from router.statistics import FIXED_POINT, ChosenRows, TaskStatistics
 
 # At most, about; products of fewer take nearly as long.
 _TASKS_PER_BLOCK = 256

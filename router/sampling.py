@@ -15,7 +15,8 @@ import hashlib
 
 import numpy as np
 
-from router.statistics import FOLDS, ChosenRows, PooledMoments, TaskStatistics, row_count_of
+from router.pooled_moments import PooledMoments
+from router.statistics import FOLDS, ChosenRows, TaskStatistics, row_count_of
 from router.tasks import TaskKey
 
 MOST_PAIRS = 1 << 26

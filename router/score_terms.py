@@ -15,7 +15,8 @@ from router.cross_fitting import cross_fitting
 from router.fitting import Background, Fit, Fitter, fit_nearest_mean, lda_fitter, offset_scores
 from router.head import Head
 from router.interfaces import FloatArray
-from router.statistics import ExactArray, PooledMoments, TaskStatistics
+from router.pooled_moments import PooledMoments
+from router.statistics import ExactArray, TaskStatistics
 from router.threads import one_blas_thread
 
 _LDA = ("likelihood", "discriminant", "cosine")

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
+from router import sampling
 from router.background import measure_background
 from router.catalog import ARTIFACTS_FOLDER, HEADS_FOLDER
 from router.fitting import Background
@@ -19,7 +21,9 @@ from router.interfaces import Embeddings, FloatArray
 from router.loading import CLUSTERS_TENSOR, EMBEDDINGS_TENSOR, PROMPT_TENSOR, ServedModels
 from router.statistics import TaskStatistics, to_fixed_point
 from router.tasks import DataSummary, PromptSummary, TaskKey, TaskRecord
+from trainer import head_writer
 from trainer.clustering import cluster
+from trainer.commands import PolicyChange
 from trainer.workshop import Published, Workshop
 
 DIMENSION = 24
@@ -144,6 +148,29 @@ def publish(workshop: Workshop, *names: str, **options: Any) -> Published:
     records = tuple(new_record(workshop, name, **options) for name in names)
     live = {record.name: record.revision for record in records}
     return workshop.publish("register", records=records, live=live)
+
+
+SAMPLED_ROWS = 8
+
+
+def pretend_that_catalogs_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads are in blocks of four tasks, and decisions sampled at few rows, whatever the size."""
+    monkeypatch.setattr(head_writer, "LEAST_TASKS", 4)
+    monkeypatch.setattr(head_writer, "_TASKS_PER_BLOCK", 4)
+    monkeypatch.setattr(sampling, "MOST_PAIRS", 0)
+    monkeypatch.setattr(sampling, "SAMPLED_PAIRS", 1)
+    monkeypatch.setattr(sampling, "LEAST_SAMPLED_ROWS", SAMPLED_ROWS)
+
+
+def publish_few_rows(workshop: Workshop, *names: str, head: str) -> Published:
+    """Publish new tasks of six rows each in one catalog revision, under a head of that kind."""
+    records = tuple(new_record(workshop, name, texts=texts_of(name, 6)) for name in names)
+    return workshop.publish(
+        "register",
+        records=records,
+        live={record.name: 1 for record in records},
+        change=PolicyChange(head=head),
+    )
 
 
 def prompt_values(name: str, revision: int = 1) -> FloatArray:

@@ -14,7 +14,9 @@ from hypothesis import settings
 from threadpoolctl import threadpool_limits
 
 from router.backends.onnx_encoder import OnnxMiniLM
+from tests.catalogs import new_workshop
 from tests.forks import ForkServer
+from trainer.workshop import Workshop
 
 # The machine may be busy, and a slow example is no failure. The same examples every time, so that
 # a commit passes or does not; the other profiles draw new ones.
@@ -47,6 +49,19 @@ def _log_as_if_nothing_were_configured() -> Iterator[None]:
     """The commands choose where the log goes and what is left out, for the whole process."""
     yield
     structlog.reset_defaults()
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """Where a home may be made."""
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def workshop(home: Path) -> Iterator[Workshop]:
+    """A workshop with the small encoder, in a new home."""
+    with new_workshop(home) as workshop:
+        yield workshop
 
 
 @pytest.fixture(scope="session")

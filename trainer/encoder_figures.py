@@ -14,7 +14,8 @@ from router.background import TEXTS, measure_background
 from router.compiling import compile_head
 from router.errors import InvalidInputError
 from router.interfaces import Encoder, FloatArray
-from router.statistics import PooledMoments, TaskStatistics, to_fixed_point
+from router.pooled_moments import PooledMoments
+from router.statistics import TaskStatistics, to_fixed_point
 from router.tasks import Policy, TaskKey
 from trainer.clustering import cluster
 from trainer.evaluation_rows import LabelledText, task_names

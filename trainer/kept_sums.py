@@ -19,7 +19,8 @@ import numpy as np
 
 from router.artifacts import Tensors
 from router.errors import PromptyardError
-from router.statistics import ExactArray, KnownSums, TaskStatistics
+from router.pooled_moments import KnownSums
+from router.statistics import ExactArray, TaskStatistics
 from router.tasks import TaskKey
 from trainer.artifact_writer import ArtifactWriter, write_durably
 

@@ -25,9 +25,10 @@ from router.fitting import Background
 from router.head import Head, empty_head
 from router.interfaces import Encoder
 from router.loading import check_encoder, statistics_of
+from router.pooled_moments import PooledMoments
 from router.rejection import RejectionPolicy
 from router.sample_scores import SampleScores
-from router.statistics import PooledMoments, TaskStatistics
+from router.statistics import TaskStatistics
 from router.tasks import Policy, TaskKey, TaskRecord
 from trainer.artifact_writer import ArtifactWriter
 from trainer.catalog_writer import CatalogWriter, Publication

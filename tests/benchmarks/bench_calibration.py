@@ -23,8 +23,9 @@ from router.background import measure_background
 from router.bootstrap import load_encoder
 from router.compiling import HEAD_KINDS, compile_head
 from router.interfaces import Embeddings, Encoder, FloatArray
+from router.pooled_moments import PooledMoments
 from router.snapshot import Snapshot
-from router.statistics import PooledMoments, TaskStatistics, to_fixed_point
+from router.statistics import TaskStatistics, to_fixed_point
 from router.tasks import Policy, TaskKey
 from trainer.clustering import cluster
 from trainer.metrics import Reliability, reliability

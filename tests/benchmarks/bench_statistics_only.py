@@ -22,8 +22,9 @@ from router.bootstrap import load_encoder
 from router.compiling import compile_head
 from router.decision import Decision, Outcome
 from router.interfaces import Embeddings, Encoder, FloatArray
+from router.pooled_moments import PooledMoments
 from router.snapshot import Snapshot
-from router.statistics import PooledMoments, TaskStatistics, sums_of, to_fixed_point
+from router.statistics import TaskStatistics, sums_of, to_fixed_point
 from router.tasks import Policy, TaskKey
 from tests.benchmarks.bench_calibration import DATA_VARIABLE, embedded
 from trainer.clustering import cluster

@@ -26,6 +26,7 @@ class Peer:
     name: str
     train: Callable[[FloatArray, Numbers], Route]
     note: str = ""
+    is_slow: bool = False
 
 
 def nearest_mean(vectors: FloatArray, tasks: Numbers) -> Route:
@@ -131,7 +132,10 @@ def peers() -> tuple[list[Peer], str]:
             f"semantic-router is not measured ({error}): install semantic-router==1.1.1 into an "
             "environment of its own and add its site-packages to PYTHONPATH"
         )
-    return [*found, Peer(f"semantic-router {__version__}, IndexedRouter", semantic_router)], ""
+    return [
+        *found,
+        Peer(f"semantic-router {__version__}, IndexedRouter", semantic_router, is_slow=True),
+    ], ""
 
 
 def _last_layer(vectors: FloatArray) -> FloatArray:

@@ -15,8 +15,9 @@ from router.errors import CorruptArtifactError
 from router.head import Head
 from router.index import CentroidIndex
 from router.interfaces import FloatArray
+from router.pooled_moments import PooledMoments
 from router.snapshot import Snapshot
-from router.statistics import PooledMoments, TaskStatistics, to_fixed_point
+from router.statistics import TaskStatistics, to_fixed_point
 from router.tasks import Policy, TaskKey
 from tests.catalogs import DIMENSION, place_background
 from trainer.clustering import cluster

@@ -15,9 +15,9 @@ from router.cross_fitting import HeldOutScores
 from router.decision import decide
 from router.head import Head
 from router.interfaces import Embeddings
+from router.pooled_moments import PooledMoments
 from router.probability import MatchProbability
 from router.snapshot import Snapshot
-from router.statistics import PooledMoments
 from router.tasks import Policy
 from tests.catalogs import random_task, wide_background
 from trainer.metrics import reliability

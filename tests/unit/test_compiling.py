@@ -21,8 +21,9 @@ from router.decision import Outcome
 from router.fitting import lda_fitter
 from router.head import Head
 from router.interfaces import Embeddings
+from router.pooled_moments import PooledMoments
 from router.snapshot import Snapshot
-from router.statistics import FOLDS, PooledMoments, TaskStatistics
+from router.statistics import FOLDS, TaskStatistics
 from router.tasks import Policy, TaskKey
 from tests.catalogs import random_task, wide_background
 

@@ -11,8 +11,9 @@ from router.cross_fitting import cross_fitting
 from router.examples import NEIGHBOURS, SHORTLIST, Closeness, sample_examples
 from router.fitting import Term, combine, lda_fitter, step_metric
 from router.head import best_row_per_task
+from router.pooled_moments import PooledMoments
 from router.regression import PENALTY, fit_regression
-from router.statistics import FOLDS, PooledMoments, TaskStatistics
+from router.statistics import FOLDS, TaskStatistics
 from router.tasks import TaskKey
 from tests.catalogs import random_task, wide_background
 

@@ -37,9 +37,10 @@ from router.bootstrap import load_encoder
 from router.compiling import compile_head
 from router.errors import IncompatibleModelError, InvalidInputError
 from router.interfaces import Embeddings, HalfArray
+from router.pooled_moments import PooledMoments
 from router.settings import DEFAULT_ENCODER
 from router.snapshot import Snapshot
-from router.statistics import PooledMoments, TaskStatistics, to_fixed_point
+from router.statistics import TaskStatistics, to_fixed_point
 from router.tasks import Policy, TaskKey
 from tests.catalogs import wide_background
 

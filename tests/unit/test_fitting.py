@@ -20,7 +20,8 @@ from router.fitting import (
     offset_scores,
     row_scores,
 )
-from router.statistics import FIXED_POINT, Moments, PooledMoments, TaskStatistics
+from router.pooled_moments import PooledMoments
+from router.statistics import FIXED_POINT, Moments, TaskStatistics
 from router.tasks import TaskKey
 from tests.catalogs import random_task
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +10,9 @@ import pytest
 
 from router.compiling import REJECTED, compile_head
 from router.head import Head, with_thresholds
-from router.statistics import PooledMoments
+from router.pooled_moments import PooledMoments
 from router.tasks import Policy, TaskKey
 from tests.catalogs import (
-    new_workshop,
     publish,
     random_task,
     texts_of,
@@ -29,12 +27,6 @@ from trainer.workshop import Workshop
 
 A, B, NEW = TaskKey("a", 1), TaskKey("b", 1), TaskKey("new", 1)
 ROWS = {A: 4, B: 2, NEW: 4}
-
-
-@pytest.fixture
-def workshop(tmp_path: Path) -> Iterator[Workshop]:
-    with new_workshop(tmp_path / "home") as workshop:
-        yield workshop
 
 
 def decided(*tasks: TaskKey, held_out: list[int]) -> Head:

@@ -18,7 +18,7 @@ from router.compiling import HEAD_KINDS, compile_head
 from router.errors import CorruptArtifactError
 from router.examples import NEIGHBOURS
 from router.head import Head, best_row_per_task, digest, empty_head, with_thresholds
-from router.statistics import PooledMoments
+from router.pooled_moments import PooledMoments
 from router.tasks import Policy, TaskKey
 from tests.catalogs import random_task, wide_background
 

@@ -7,12 +7,12 @@ import errno
 import os
 import random
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from router import sampling
 from router.catalog import HEADS_FOLDER, CatalogReader
 from router.errors import CorruptArtifactError, StorageError
 from router.head import Head
@@ -20,38 +20,28 @@ from router.head_files import HeadReader
 from router.loading import SnapshotLoader
 from router.tasks import TaskKey
 from tests.catalogs import (
+    SAMPLED_ROWS,
     artifact_file,
     file_digests,
     flip_byte,
     head_file,
-    new_record,
     new_workshop,
+    pretend_that_catalogs_are_large,
     publish,
+    publish_few_rows,
     served_models,
-    texts_of,
 )
 from trainer import head_writer
 from trainer import workshop as workshop_module
 from trainer.artifact_writer import ArtifactWriter
-from trainer.commands import PolicyChange
-from trainer.workshop import Published, Workshop
+from trainer.workshop import Workshop
 
 NAMES = [f"task-{number}" for number in range(20)]
-SAMPLED = 8
 
 
 @pytest.fixture(autouse=True)
 def _every_catalog_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_writer, "LEAST_TASKS", 4)
-    monkeypatch.setattr(head_writer, "_TASKS_PER_BLOCK", 4)
-    monkeypatch.setattr(sampling, "MOST_PAIRS", 0)
-    monkeypatch.setattr(sampling, "SAMPLED_PAIRS", 1)
-    monkeypatch.setattr(sampling, "LEAST_SAMPLED_ROWS", SAMPLED)
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return tmp_path / "home"
+    pretend_that_catalogs_are_large(monkeypatch)
 
 
 @pytest.fixture
@@ -61,14 +51,7 @@ def workshop(home: Path) -> Iterator[Workshop]:
         yield workshop
 
 
-def publish_means(workshop: Workshop, *names: str) -> Published:
-    records = tuple(new_record(workshop, name, texts=texts_of(name, 6)) for name in names)
-    return workshop.publish(
-        "register",
-        records=records,
-        live={record.name: 1 for record in records},
-        change=PolicyChange(head="nearest-mean"),
-    )
+publish_means = partial(publish_few_rows, head="nearest-mean")
 
 
 def heads(home: Path) -> dict[str, str]:
@@ -164,7 +147,7 @@ def test_a_new_process_reads_the_rows_of_the_sample_and_no_others(home: Path) ->
         workshop.artifacts.read = lambda sha256: (read.append(sha256), whole(sha256))[1]  # type: ignore
         read.clear()
         publish_means(workshop, "another")
-        assert SAMPLED <= len(read) <= SAMPLED + 1
+        assert SAMPLED_ROWS <= len(read) <= SAMPLED_ROWS + 1
 
 
 def test_damaged_rows_of_a_task_that_is_not_looked_at_do_not_hinder_a_publish(

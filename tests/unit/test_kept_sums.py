@@ -4,37 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from router import sampling
 from router.catalog import HEADS_FOLDER, CatalogReader
 from router.loading import SnapshotLoader
 from tests.catalogs import (
+    SAMPLED_ROWS,
     file_digests,
     flip_byte,
     new_record,
     new_workshop,
+    pretend_that_catalogs_are_large,
+    publish_few_rows,
     served_models,
     texts_of,
 )
-from trainer import head_writer
 from trainer.commands import PolicyChange
 from trainer.kept_sums import FOLDER
 from trainer.register import store_rows
-from trainer.workshop import Published, Workshop
+from trainer.workshop import Workshop
 
 NAMES = [f"task-{number}" for number in range(20)]
-SAMPLED = 8
 
 
 @pytest.fixture(autouse=True)
 def _every_catalog_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_writer, "_TASKS_PER_BLOCK", 4)
-    monkeypatch.setattr(sampling, "MOST_PAIRS", 0)
-    monkeypatch.setattr(sampling, "SAMPLED_PAIRS", 1)
-    monkeypatch.setattr(sampling, "LEAST_SAMPLED_ROWS", SAMPLED)
+    pretend_that_catalogs_are_large(monkeypatch)
 
 
 @pytest.fixture
@@ -46,14 +44,7 @@ def home(tmp_path: Path) -> Iterator[Path]:
     check_that_the_newest_head_is_that_of_the_records(home)
 
 
-def publish_lda(workshop: Workshop, *names: str) -> Published:
-    records = tuple(new_record(workshop, name, texts=texts_of(name, 6)) for name in names)
-    return workshop.publish(
-        "register",
-        records=records,
-        live={record.name: 1 for record in records},
-        change=PolicyChange(head="lda"),
-    )
+publish_lda = partial(publish_few_rows, head="lda")
 
 
 def check_that_the_newest_head_is_that_of_the_records(home: Path) -> None:
@@ -83,7 +74,7 @@ def test_a_new_process_reads_the_rows_of_the_sample_and_of_its_own_task_alone(ho
         with new_workshop(home) as workshop:
             read = files_read(workshop)
             publish_lda(workshop, f"another-{number}")
-            assert SAMPLED <= len(read) <= SAMPLED + 1
+            assert SAMPLED_ROWS <= len(read) <= SAMPLED_ROWS + 1
 
 
 def test_a_process_that_knows_all_tasks_keeps_the_same_sums(home: Path, tmp_path: Path) -> None:
@@ -129,7 +120,7 @@ def test_whatever_is_damaged_the_rows_are_read_instead(home: Path, damage: objec
         with new_workshop(home) as workshop:
             read = files_read(workshop)
             publish_lda(workshop, f"and-another-{number}")
-            assert len(read) <= SAMPLED + 1
+            assert len(read) <= SAMPLED_ROWS + 1
 
 
 def test_sums_of_other_rows_under_the_same_key_are_not_used(home: Path, tmp_path: Path) -> None:

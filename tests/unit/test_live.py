@@ -40,11 +40,6 @@ from trainer.workshop import Workshop
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return tmp_path / "home"
-
-
-@pytest.fixture
 def workshop(home: Path) -> Iterator[Workshop]:
     with new_workshop(home) as workshop:
         publish(workshop, "weather", "sport", with_prompt=True)

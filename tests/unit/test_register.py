@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -71,12 +71,6 @@ MONEY = [
     "order a new card, mine was stolen",
     "can I pay this invoice in instalments",
 ]
-
-
-@pytest.fixture
-def workshop(tmp_path: Path) -> Iterator[Workshop]:
-    with new_workshop(tmp_path / "home") as workshop:
-        yield workshop
 
 
 def routing(name: str, data: Path, **options: object) -> RegisterTask:

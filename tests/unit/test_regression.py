@@ -7,8 +7,9 @@ import pytest
 
 from router.examples import MAX_EXAMPLES
 from router.fitting import step_metric
+from router.pooled_moments import PooledMoments
 from router.regression import PENALTY, fit_regression, regression_rows_per_task
-from router.statistics import PooledMoments, TaskStatistics, to_fixed_point
+from router.statistics import TaskStatistics, to_fixed_point
 from router.tasks import TaskKey
 
 DIMENSION = 16

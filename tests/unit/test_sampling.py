@@ -16,9 +16,10 @@ from router.compiling import HEAD_KINDS, REJECTED, UNSCORED, changed_decisions, 
 from router.cross_fitting import cross_fitting
 from router.fitting import fit_nearest_mean
 from router.head import Head
+from router.pooled_moments import PooledMoments
 from router.sample_scores import SampleScores
 from router.sampling import sampled_rows
-from router.statistics import FOLDS, ChosenRows, PooledMoments, TaskStatistics
+from router.statistics import FOLDS, ChosenRows, TaskStatistics
 from router.tasks import Policy, TaskKey
 from tests.catalogs import new_workshop, random_task, texts_of, wide_background, write_rows
 from trainer import lifecycle

@@ -12,8 +12,8 @@ from router.decision import Decision, Outcome
 from router.errors import TaskNotFoundError
 from router.head import Head, empty_head
 from router.interfaces import Embeddings
+from router.pooled_moments import PooledMoments
 from router.snapshot import Snapshot
-from router.statistics import PooledMoments
 from router.tasks import Policy
 from tests.catalogs import random_task, wide_background
 from tests.fakes import make_snapshot

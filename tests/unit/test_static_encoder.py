@@ -23,8 +23,9 @@ from router.background import measure_background
 from router.bootstrap import load_encoder
 from router.compiling import compile_head
 from router.errors import InvalidInputError
+from router.pooled_moments import PooledMoments
 from router.snapshot import Snapshot
-from router.statistics import PooledMoments, TaskStatistics, to_fixed_point
+from router.statistics import TaskStatistics, to_fixed_point
 from router.tasks import Policy, TaskKey
 from tests.catalogs import flip_byte
 from tests.unit.test_encoder import LONG_TEXT, ODD_TEXTS, TEXTS, example_texts

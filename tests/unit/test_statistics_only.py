@@ -20,8 +20,9 @@ from router.fitting import fit_nearest_mean, lda_fitter
 from router.head import Head
 from router.interfaces import Embeddings
 from router.loading import SnapshotLoader, read_statistics
+from router.pooled_moments import PooledMoments
 from router.snapshot import Snapshot
-from router.statistics import PooledMoments, TaskStatistics, sums_of, to_fixed_point
+from router.statistics import TaskStatistics, sums_of, to_fixed_point
 from router.tasks import Policy, TaskKey, TaskRecord
 from tests.catalogs import (
     PlaceEncoder,

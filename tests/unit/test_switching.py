@@ -84,11 +84,6 @@ def switch(home: Path) -> None:
         switch_encoder(workshop)
 
 
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return tmp_path / "home"
-
-
 def test_kept_texts_are_the_rows_as_they_were_in_the_stored_order(home: Path) -> None:
     [record] = register_places(home, "weather", keep_text=True)
     with new_workshop(home) as workshop:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from typer.testing import CliRunner
 from router.backends.language_model import load_language_model
 from router.backends.torch_model import TorchLanguageModel
 from router.errors import InvalidInputError
-from tests.catalogs import new_workshop, texts_of, write_rows
+from tests.catalogs import texts_of, write_rows
 from tests.unit.small_models import save_small_model
 from trainer.cli import app
 from trainer.commands import RegisterTask
@@ -35,12 +34,6 @@ QUICK = {"steps": 3, "validations": 1, "length": 4}
 def base(tmp_path_factory: pytest.TempPathFactory) -> TorchLanguageModel:
     folder = save_small_model("bart", tmp_path_factory.mktemp("base") / "bart")
     return load_language_model(folder, device="cpu", threads=1)
-
-
-@pytest.fixture
-def workshop(tmp_path: Path) -> Iterator[Workshop]:
-    with new_workshop(tmp_path / "home") as workshop:
-        yield workshop
 
 
 @pytest.fixture

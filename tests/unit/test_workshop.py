@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from router.errors import (
 )
 from router.head import Head
 from router.loading import SnapshotLoader, read_statistics
-from router.statistics import PooledMoments
+from router.pooled_moments import PooledMoments
 from router.tasks import Policy, TaskKey
 from tests.catalogs import (
     DIMENSION,
@@ -37,17 +36,6 @@ from tests.catalogs import (
 from trainer import workshop as workshop_module
 from trainer.commands import PolicyChange
 from trainer.workshop import Workshop
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return tmp_path / "home"
-
-
-@pytest.fixture
-def workshop(home: Path) -> Iterator[Workshop]:
-    with new_workshop(home) as workshop:
-        yield workshop
 
 
 def stored_head(workshop: Workshop, revision: int) -> bytes:

@@ -10,15 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from router import statistics
-from router.statistics import (
-    FIXED_POINT,
-    FOLDS,
-    Moments,
-    PooledMoments,
-    TaskStatistics,
-    to_fixed_point,
-)
+from router import pooled_moments
+from router.pooled_moments import PooledMoments
+from router.statistics import FIXED_POINT, FOLDS, Moments, TaskStatistics, to_fixed_point
 from router.tasks import TaskKey
 
 DIMENSION = 3
@@ -189,8 +183,8 @@ def test_second_moments_are_summed_when_they_are_asked_for(
         summed.append(len(rows))
         return in_chunks(rows)
 
-    in_chunks = statistics._in_chunks
-    monkeypatch.setattr(statistics, "_in_chunks", counting)
+    in_chunks = pooled_moments._in_chunks
+    monkeypatch.setattr(pooled_moments, "_in_chunks", counting)
     rng = np.random.default_rng(3)
     first, second, third = (
         TaskStatistics(TaskKey(name, 1), rows_of(rng, 7), np.zeros(7, np.int16)) for name in "abc"
