@@ -14,7 +14,6 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from router.challengers import Challenge
 from router.errors import InvalidInputError, PromptyardError, RefusedError, shorten
@@ -26,27 +25,25 @@ from router.interfaces import (
     prompted_encoder,
 )
 from router.loading import (
-    CLASSIFIER_TENSOR,
     CLUSTERS_TENSOR,
     COUNTS_TENSOR,
     EMBEDDINGS_TENSOR,
-    ENCODER_PROMPT_TENSOR,
     GRAM_TENSOR,
     PROMPT_TENSORS,
     SUMS_TENSOR,
 )
 from router.statistics import sums_of, to_fixed_point
-from router.tasks import ClassifierSummary, PromptSummary, TaskRecord
+from router.tasks import PromptSummary, TaskRecord
 from router.templates import fill
 from trainer.admission import Registered, SuspectInput
 from trainer.answer_metrics import Metric
 from trainer.catalog_writer import now
 from trainer.checkpoint import DEFAULT_SECONDS, Checkpoints
+from trainer.classifier_fitting import ClassifierFitter, LabelledTask
 from trainer.clustering import cluster
 from trainer.commands import PolicyChange, RegisterTask
 from trainer.data import Example, summarise
 from trainer.gate import DEFAULT_GATE_LIMIT, InterferenceError
-from trainer.label_classifier import fit_classifier
 from trainer.preparing import Prepared, prepare
 from trainer.text_keeping import keep_texts
 from trainer.tuned_prompt import TunedPrompt, TuningFailure, training_curve
@@ -56,7 +53,6 @@ from trainer.workshop import Published, Workshop
 
 # What tunes is imported where it is used: without a prompt, no torch is waited for.
 if TYPE_CHECKING:
-    from trainer.encoder_prompts import EncoderPromptTuner, TaskPrompting
     from trainer.initialisation import Start
     from trainer.prompt_quality import LabelledRow
 
@@ -107,7 +103,7 @@ def register(
     prompts = _tune(
         workshop, prepared, base_model, (settings, *others), failures, progress, checkpoints, log
     )
-    classifiers = _Classifiers(workshop, settings, progress)
+    classifiers = ClassifierFitter(workshop, progress, settings.steps)
     records = []
     for task in prepared:
         if task.request.name in failures:
@@ -337,7 +333,7 @@ def _store(
     task: Prepared,
     tuned: TunedPrompt | None,
     base_model: LanguageModel | None,
-    classifiers: _Classifiers,
+    classifiers: ClassifierFitter,
     progress: Progress,
 ) -> TaskRecord:
     """Embed the rows, store rows and prompt, and make the record."""
@@ -346,7 +342,18 @@ def _store(
     embeddings = embed(workshop, request.name, texts, progress)
     prompt = classifier = None
     if tuned is not None and base_model is not None:
-        classifier = classifiers.stored(task, embeddings.vectors)
+        if task.outputs is not None and request.with_classifier:
+            classifier = classifiers.stored(
+                LabelledTask(
+                    request.name,
+                    request.instruction,
+                    task.outputs,
+                    texts,
+                    [example.output for example in task.file.examples],
+                ),
+                embeddings.vectors,
+                with_encoder_prompt=request.encoder_prompt is not False,
+            )
         tokens, width = tuned.values.shape
         prompt = PromptSummary(
             sha256=workshop.artifacts.write_tensors({PROMPT_TENSORS[tuned.method]: tuned.values}),
@@ -410,59 +417,6 @@ def store_rows(workshop: Workshop, vectors: FloatArray, *, statistics_only: bool
             CLUSTERS_TENSOR: cluster(vectors)[:, None],
         }
     )
-
-
-class _Classifiers:
-    """Fits and stores the label classifiers of tasks, with encoder prompts where wanted."""
-
-    def __init__(self, workshop: Workshop, settings: TuningSettings, progress: Progress) -> None:
-        self._workshop = workshop
-        self._settings = settings
-        self._progress = progress
-        self._encoder = prompted_encoder(workshop.encoder)
-        self._tuner: EncoderPromptTuner | None = None
-
-    def stored(self, task: Prepared, vectors: FloatArray) -> ClassifierSummary | None:
-        """The classifier of a task with a closed set of outputs, where it is wanted and helps.
-
-        `vectors` `[N, D]` are the embeddings of the task's rows.
-        """
-        if task.outputs is None or not task.request.with_classifier:
-            return None
-        outputs = [row.output for row in task.file.examples]
-        label_vectors = self._workshop.encoder.encode(task.outputs).vectors
-        fitted = fit_classifier(
-            vectors, outputs, task.outputs, label_vectors, self._prompting(task)
-        )
-        if fitted is None:
-            return None
-        tensors: dict[str, NDArray[np.generic]] = {CLASSIFIER_TENSOR: fitted.rows}
-        tokens = 0
-        if fitted.encoder_prompt is not None:
-            tensors[ENCODER_PROMPT_TENSOR] = fitted.encoder_prompt
-            tokens = len(fitted.encoder_prompt)
-        return ClassifierSummary(
-            self._workshop.artifacts.write_tensors(tensors),
-            fitted.prompt_weight,
-            fitted.accuracy,
-            tokens,
-        )
-
-    def _prompting(self, task: Prepared) -> TaskPrompting | None:
-        if self._encoder is None or task.outputs is None or task.request.encoder_prompt is False:
-            return None
-        from trainer.encoder_prompts import EncoderPromptJob, EncoderPromptTuner, TaskPrompting
-
-        number = {output: n for n, output in enumerate(task.outputs)}
-        job = EncoderPromptJob(
-            task.request.name,
-            " ".join([task.request.instruction, *task.outputs]).strip(),
-            [row.input for row in task.file.examples],
-            np.array([number[row.output] for row in task.file.examples]),
-        )
-        if self._tuner is None:
-            self._tuner = EncoderPromptTuner(self._encoder, self._settings.steps)
-        return TaskPrompting(self._tuner, self._encoder, job, task.outputs, self._progress)
 
 
 def embed(workshop: Workshop, name: str, texts: Sequence[str], progress: Progress) -> Embeddings:

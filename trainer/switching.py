@@ -1,9 +1,10 @@
 """Switches a catalog to another encoder: every live task is embedded again from its kept texts.
 
 Each gets a next revision that differs in its embeddings, and in the label classifier that was
-fitted to them, now without an encoder prompt; soft prompts do not depend on the encoder. Older
-revisions stay as they are, for the encoder that made them. A task whose texts were not kept cannot
-be embedded again, so that the switch is refused as a whole: a catalog belongs to one encoder.
+fitted to them, under an encoder prompt where it had one before and the new encoder reads them; soft
+prompts do not depend on the encoder. Older revisions stay as they are, for the encoder that made
+them. A task whose texts were not kept cannot be embedded again, so that the switch is refused as a
+whole: a catalog belongs to one encoder.
 """
 
 from __future__ import annotations
@@ -12,10 +13,9 @@ from dataclasses import replace
 
 from router.errors import InvalidInputError, RefusedError
 from router.kept_texts import KeptText, kept_texts
-from router.loading import CLASSIFIER_TENSOR
-from router.tasks import ClassifierSummary, TaskRecord
+from router.tasks import TaskRecord
 from trainer.catalog_writer import now
-from trainer.label_classifier import fit_classifier
+from trainer.classifier_fitting import ClassifierFitter, LabelledTask
 from trainer.register import Progress, embed, store_rows
 from trainer.workshop import Published, Workshop
 
@@ -53,7 +53,10 @@ def switch_encoder(workshop: Workshop, progress: Progress = lambda *_: None) -> 
             " of, and then switch; or register all of them in another --home",
         )
     texts = {record.name: kept_texts(workshop.artifacts, record) for record in records}
-    embedded = tuple(_embedded(workshop, each, texts[each.name], progress) for each in records)
+    classifiers = ClassifierFitter(workshop, progress)
+    embedded = tuple(
+        _embedded(workshop, each, texts[each.name], classifiers, progress) for each in records
+    )
     return workshop.publish(
         SWITCH_ACTION,
         records=embedded,
@@ -63,24 +66,28 @@ def switch_encoder(workshop: Workshop, progress: Progress = lambda *_: None) -> 
 
 
 def _embedded(
-    workshop: Workshop, record: TaskRecord, texts: list[KeptText], progress: Progress
+    workshop: Workshop,
+    record: TaskRecord,
+    texts: list[KeptText],
+    classifiers: ClassifierFitter,
+    progress: Progress,
 ) -> TaskRecord:
     """The next revision of a task: the same, by the workshop's encoder."""
-    vectors = embed(workshop, record.name, [text.input for text in texts], progress).vectors
+    inputs = [text.input for text in texts]
+    vectors = embed(workshop, record.name, inputs, progress).vectors
     classifier = None
     if record.classifier is not None and record.outputs is not None:
-        fitted = fit_classifier(
+        classifier = classifiers.stored(
+            LabelledTask(
+                record.name,
+                record.instruction,
+                record.outputs,
+                inputs,
+                [text.output for text in texts],
+            ),
             vectors,
-            [text.output for text in texts],
-            record.outputs,
-            workshop.encoder.encode(record.outputs).vectors,
+            with_encoder_prompt=record.classifier.encoder_prompt_tokens > 0,
         )
-        if fitted is not None:
-            classifier = ClassifierSummary(
-                workshop.artifacts.write_tensors({CLASSIFIER_TENSOR: fitted.rows}),
-                fitted.prompt_weight,
-                fitted.accuracy,
-            )
     return replace(
         record,
         revision=workshop.catalog.newest_record(record.name) + 1,

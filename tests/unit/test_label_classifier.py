@@ -28,7 +28,7 @@ from router.loading import (
     read_classifier,
 )
 from router.routing import Router
-from router.tasks import TaskRecord
+from router.tasks import TaskKey, TaskRecord
 from tests.catalogs import (
     DIMENSION,
     PlaceEncoder,
@@ -50,6 +50,7 @@ from trainer.commands import RegisterTask
 from trainer.encoder_prompts import LENGTH
 from trainer.label_classifier import MAX_ROWS, PROMPT_WEIGHT, fit_classifier
 from trainer.register import register
+from trainer.switching import switch_encoder
 from trainer.tuned_prompt import TunedPrompt
 from trainer.tuning_settings import TuningSettings
 from trainer.workshop import Workshop
@@ -362,6 +363,35 @@ def test_a_task_has_an_encoder_prompt_unless_none_is_wanted(
     nothing = np.zeros(2, np.float32)
     labels = [(prompted.outputs or ())[each.best(nothing)] for each in evidence if each]
     assert labels == ["yes", "no"]
+
+
+@pytest.mark.usefixtures("workshop")  # in which prompts are tuned at once
+def test_a_switch_of_the_encoder_tunes_an_encoder_prompt_where_there_was_one(
+    home: Path, tmp_path: Path, encoder: OnnxMiniLM, float_encoder: OnnxMiniLM
+) -> None:
+    data = two_labels(tmp_path)
+    requests = [
+        RegisterTask("plain", data, encoder_prompt=False, keep_text=True),
+        RegisterTask("prompted", data, keep_text=True),
+    ]
+    other = home.with_name("embedded")
+    with Workshop(other, encoder) as embedded:
+        settings = TuningSettings(steps=2)
+        found = register(embedded, requests, FakeLanguageModel(), settings, gate_limit=1.0)
+        assert not found.failures
+    with Workshop(other, float_encoder) as embedded:
+        switch_encoder(embedded)
+        switched = [embedded.catalog.record(TaskKey(each.name, 2)) for each in requests]
+        classifiers = [
+            read_classifier(embedded.artifacts, record, float_encoder.dimension)
+            for record in switched
+        ]
+    tokens = [record.classifier and record.classifier.encoder_prompt_tokens for record in switched]
+    assert tokens == [0, LENGTH]
+    assert [each is not None and each.encoder_prompt is not None for each in classifiers] == [
+        False,
+        True,
+    ]
 
 
 def test_an_encoder_prompt_is_stored_with_the_classifier_and_must_be_what_the_record_says(
