@@ -99,7 +99,7 @@ def test_every_configuration_of_a_search_is_a_run_and_so_is_the_refit(
     write_rows(tmp_path / "weather.jsonl", texts_of("weather", 20))
     (tmp_path / "tasks.yaml").write_text(
         "tasks: [{name: weather, data: weather.jsonl, instruction: good or bad, force: a test}]\n"
-        "tuning: {steps: 4, length: 3, search: {learning_rate: [0.01, 0.1]}}\n"
+        "tuning: {steps: 4, rows_per_step: 8, length: 3, search: {learning_rate: [0.01, 0.1]}}\n"
     )
     logs = tmp_path / "logs"
     command = ["register", "--manifest", str(tmp_path / "tasks.yaml"), "--log-dir", str(logs)]
