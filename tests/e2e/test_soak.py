@@ -34,7 +34,7 @@ def test_a_mixed_load_sees_no_error_and_no_half_loaded_revision_while_the_catalo
     ]
     soak = Soak(tmp_path / "home", encoder, base, str(folder), tasks)
     findings = soak.run(seconds=4.0, publish_every=0.3)
-    assert holds(findings), report(findings, 4.0)
+    assert holds(findings, may_refuse=True), report(findings, 4.0)
     # How many there were depends on the machine.
     assert sum(findings.publishes.values()) >= 1
 
@@ -72,6 +72,16 @@ def test_memory_that_grows_in_the_second_half_is_found(a_second: float, *, fails
     assert growth is not None
     assert (growth > MOST_GROWTH) is fails
     assert holds(findings) is not fails
+
+
+def test_a_refusal_fails_a_soak_unless_the_machine_may_be_busy() -> None:
+    findings = Findings(revisions_seen={1, 2}, decisions_compared=1)
+    findings.calls.update(("Route", "BatchRoute", "StreamRoute", "Generate"))
+    findings.refused["Route"] = 1
+    assert not holds(findings)
+    assert holds(findings, may_refuse=True)
+    findings.calls["Route"] = 0
+    assert not holds(findings, may_refuse=True)
 
 
 def test_a_soak_that_checked_nothing_does_not_hold() -> None:
