@@ -20,18 +20,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import lapack
 
 from router.interfaces import FloatArray
+from router.inverse import RealArray, inverse
 from router.statistics import FIXED_POINT, ExactArray, Moments
 from router.whitening import whitening_of
 
-RealArray = NDArray[np.floating[Any]]
-
 _PRIOR_ROWS = 15.0
 _SHORTEST = 1e-12
-# What of a matrix is mirrored at a time, so that it stays in the processor's cache.
-_MIRRORED_ROWS = 128
 _PIECE_ROWS = 256
 
 
@@ -88,7 +84,7 @@ def shared_by_tasks(moments: Moments, *, single: bool = False) -> Shared:
     means, counts, _ = _task_means(moments)
     number = np.float32 if single else np.float64
     within = _regularised(_within_covariance(moments, means, counts), moments)
-    return Shared(_mean(moments), _inverse(within.astype(number)))
+    return Shared(_mean(moments), inverse(within.astype(number)))
 
 
 def fit_nearest_mean(moments: Moments) -> Fit:
@@ -108,7 +104,7 @@ def general_precision(
     """The inverse `[D, D]` of the covariance of text in general, in float32 if `single`."""
     number = np.float32 if single else np.float64
     overall = _regularised(_background_covariance(moments, background), moments)
-    return _inverse(overall.astype(number))
+    return inverse(overall.astype(number))
 
 
 def step_metric(moments: Moments, penalty: float) -> RealArray:
@@ -124,7 +120,7 @@ def step_metric(moments: Moments, penalty: float) -> RealArray:
     level = max(float(np.trace(bound)) / len(bound), 1e-9)
     bound /= 2
     bound[np.diag_indices_from(bound)] += penalty * level
-    return _inverse(bound.astype(np.float32))
+    return inverse(bound.astype(np.float32))
 
 
 def lda_fitter(
@@ -279,30 +275,6 @@ def _regularised(covariance: ExactArray, moments: Moments) -> ExactArray:
     covariance *= 1 - shrinkage
     covariance[np.diag_indices_from(covariance)] += shrinkage * level
     return covariance
-
-
-def _inverse(matrix: RealArray) -> RealArray:
-    """The inverse of a positive definite matrix, by Cholesky, in the matrix's place and precision.
-
-    `matrix` is in the order of C.
-    """
-    potrf, potri = lapack.get_lapack_funcs(("potrf", "potri"), (matrix,))
-    # A symmetric matrix is its own transpose, and LAPACK counts rows and columns the other way.
-    factor, failed = potrf(matrix.T, lower=True, overwrite_a=True)
-    inverse, _ = potri(factor, lower=True, overwrite_c=True)
-    if failed:
-        raise np.linalg.LinAlgError("covariance is not positive definite")
-    return _mirrored(np.asarray(inverse.T))
-
-
-def _mirrored(upper: RealArray) -> RealArray:
-    """A symmetric matrix, in place, of which what is above the diagonal is there."""
-    for start in range(0, len(upper), _MIRRORED_ROWS):
-        end = start + _MIRRORED_ROWS
-        block = upper[start:end, start:end]
-        block[:] = np.triu(block) + np.triu(block, 1).T
-        upper[end:, start:end] = upper[start:end, end:].T
-    return upper
 
 
 def _unit(vectors: RealArray) -> RealArray:

@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router.examples import LEAST_EXAMPLES_PER_TASK, examples_per_task
-from router.fitting import RealArray, row_scores
+from router.fitting import row_scores
 from router.interfaces import FloatArray
+from router.inverse import RealArray
 
 PENALTY = 0.01
 """In units of the mean variance of an embedding's dimensions."""

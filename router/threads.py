@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
+
+
+class _Here(threading.local):
+    """Whether `one_blas_thread` is open in this thread."""
+
+    one = False
+
+
+_here = _Here()
 
 
 @contextlib.contextmanager
@@ -15,6 +25,15 @@ def one_blas_thread() -> Iterator[None]:
     The threads of BLAS wait for each other spinning: beside other work on the machine, products
     that take a millisecond alone take many. What is large enough to share out is shared out by
     rows or folds instead. It also makes the bits of a product independent of the number of cores.
+
+    Where it is open already in this thread, it costs nothing: to find the libraries takes milliseconds.
     """
-    with ThreadpoolController().limit(limits=1, user_api="blas"):
+    if _here.one:
         yield
+        return
+    with ThreadpoolController().limit(limits=1, user_api="blas"):
+        _here.one = True
+        try:
+            yield
+        finally:
+            _here.one = False

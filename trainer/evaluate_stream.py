@@ -6,6 +6,7 @@ read for scoring: what a registration sees is a file of the task's own training 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -25,7 +26,7 @@ from router.statistics import ExactArray
 from router.threads import one_blas_thread
 from trainer import metrics
 from trainer.commands import PolicyChange, RegisterTask
-from trainer.data import Fields
+from trainer.data import Fields, read_labelled
 from trainer.embedding_ahead import EncoderAhead
 from trainer.evaluate_answers import (
     DEFAULT_OUTPUT_TOKENS,
@@ -223,6 +224,7 @@ def evaluate_stream(
         PromptyardError: a task could not be registered.
     """
     began = time.perf_counter()
+    order = stream.order
     registrations: list[Registration] = []
     scoring: list[Future[_Scored]] = []
     on_arrival: dict[str, AnswerFigures] = {}
@@ -235,13 +237,15 @@ def evaluate_stream(
     ):
         texts = [row.text for row in stream.test]
         test = scorer.submit(embed_texts, encoder, texts, progress)
-        _announce(ahead, stream, 0)
-        for number, task in enumerate(stream.order, start=1):
-            progress("tasks", "register", number - 1, len(stream.order))
-            _announce(ahead, stream, number)
+        files = {task: _write_rows(scratch / f"{task}.jsonl", stream.train[task]) for task in order}
+        _announce(ahead, files, order[:1], with_output=base_model is not None)
+        for number, task in enumerate(order, start=1):
+            progress("tasks", "register", number - 1, len(order))
+            coming = order[number : number + 1]
+            _announce(ahead, files, coming, with_output=base_model is not None)
             seconds_ahead = ahead.seconds_ahead
             registration, published = _register(
-                workshop, stream, task, scratch, base_model, settings, change, progress
+                workshop, stream, task, files[task], base_model, settings, change, progress
             )
             seconds = registration.seconds + ahead.seconds_ahead - seconds_ahead
             registrations.append(replace(registration, seconds=seconds))
@@ -251,7 +255,7 @@ def evaluate_stream(
                     task, stream, test.result(), scratch, encoder, base_model, max_output_tokens
                 )
                 on_arrival |= of_task.per_task
-        progress("tasks", "register", len(registrations), len(stream.order))
+        progress("tasks", "register", len(registrations), len(order))
     embeddings = test.result()
     scored = [arrival.result() for arrival in scoring]
     snapshot = Snapshot.build(published.revision, published.head, {})
@@ -291,12 +295,19 @@ def evaluate_stream(
     )
 
 
-def _announce(ahead: EncoderAhead, stream: Stream, number: int) -> None:
-    """Have the texts of a task embedded, as its registration will ask for them."""
-    for task in stream.order[number : number + 1]:
-        texts = list(dict.fromkeys(row.text for row in stream.train[task]))
-        for start in range(0, len(texts), EMBED_ROWS):
-            ahead.announce(texts[start : start + EMBED_ROWS])
+def _announce(
+    ahead: EncoderAhead, files: Mapping[str, Path], coming: Sequence[str], *, with_output: bool
+) -> None:
+    """Have the texts of the `coming` tasks embedded, as their registration will ask for them.
+
+    A row that registration cannot use is its own to refuse.
+    """
+    for task in coming:
+        with contextlib.suppress(InvalidInputError):
+            file = read_labelled(files[task], with_output=with_output, drop_duplicates=True)
+            texts = [example.input for example in file.examples]
+            for start in range(0, len(texts), EMBED_ROWS):
+                ahead.announce(texts[start : start + EMBED_ROWS])
 
 
 def _answers_of_task(
@@ -382,7 +393,7 @@ def _register(
     workshop: Workshop,
     stream: Stream,
     task: str,
-    scratch: Path,
+    data: Path,
     base_model: LanguageModel | None,
     settings: TuningSettings,
     change: PolicyChange | None,
@@ -392,7 +403,7 @@ def _register(
     rows = stream.train[task]
     request = RegisterTask(
         name=task,
-        data=_write_rows(scratch / f"{task}.jsonl", rows),
+        data=data,
         description=stream.labels[task],
         instruction=next((row.instruction for row in rows if row.instruction), ""),
         fields=Fields(),

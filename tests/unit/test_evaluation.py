@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,16 @@ from router.errors import InvalidInputError, NoPromptError
 from router.interfaces import FloatArray
 from router.label_classifier import LabelClassifier
 from tests.fakes import FakeEncoder, FakeLanguageModel, make_snapshot, make_task, without_prompt
+from trainer.commands import PolicyChange
 from trainer.evaluate_answers import AnswerFigures, evaluate_answers
 from trainer.evaluate_orders import random_orders
 from trainer.evaluate_routing import RoutedText, evaluate_routing
-from trainer.evaluate_stream import StreamFiles, changes_since_arrival, read_stream
+from trainer.evaluate_stream import (
+    StreamFiles,
+    changes_since_arrival,
+    evaluate_stream,
+    read_stream,
+)
 from trainer.evaluation_rows import (
     EvaluationFields,
     LabelledText,
@@ -27,6 +34,7 @@ from trainer.evaluation_rows import (
     read_texts,
     task_names,
 )
+from trainer.tuning_settings import TuningSettings
 
 ROWS = [
     LabelledText(1, "weather today", "weather", "sun"),
@@ -275,6 +283,24 @@ def test_test_rows_of_a_training_file_are_never_trained_on(tmp_path: Path) -> No
     stream = read_stream(StreamFiles(train, test, FIELDS), with_prompt=False)
     assert {row.split for row in stream.train["a"]} == {"train"}
     assert stream.test_texts_in_train == 1
+
+
+def test_every_text_of_a_stream_is_embedded_once(tmp_path: Path) -> None:
+    rows = [
+        *stream_rows("train", "a", "b", "c", count=300),  # more than are embedded at a time
+        *stream_rows("test", "a", "b", "c", count=3),
+    ]
+    path = write(tmp_path / "rows.jsonl", rows)
+    stream = read_stream(StreamFiles(path, path, FIELDS), with_prompt=False)
+    encoder = FakeEncoder()
+    change = PolicyChange(head="nearest-mean")
+
+    evaluate_stream(stream, tmp_path, encoder, None, TuningSettings(), change)
+
+    embedded = Counter(text for batch in encoder.batches for text in batch)
+    assert {row["text"]: embedded[str(row["text"])] for row in rows} == dict.fromkeys(
+        (row["text"] for row in rows), 1
+    )
 
 
 @pytest.mark.parametrize("content", ['["b", "a b", "c"]', "b\r\na b\n\nc\n"])
