@@ -26,7 +26,8 @@ def one_blas_thread() -> Iterator[None]:
     that take a millisecond alone take many. What is large enough to share out is shared out by
     rows or folds instead. It also makes the bits of a product independent of the number of cores.
 
-    Where it is open already in this thread, it costs nothing: to find the libraries takes milliseconds.
+    Where it is open already in this thread, it costs nothing: to find the libraries takes some
+    milliseconds.
     """
     if _here.one:
         yield

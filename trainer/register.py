@@ -9,6 +9,7 @@ Nothing that is stored already is touched.
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -292,7 +293,7 @@ def tuning_job(
     """What to tune, with any of `configurations`, for a request whose data was read."""
     return TuningJob(
         name=task.request.name,
-        instruction=task.request.instruction or task.request.description,
+        instruction=_instruction(task.request),
         labels=task.outputs,
         train=_rows(task, task.train),
         validation=_rows(task, task.validation),
@@ -301,6 +302,11 @@ def tuning_job(
         rejected=_rejected(task.train),
         validation_rejected=_rejected(task.validation),
     )
+
+
+def _instruction(request: RegisterTask) -> str:
+    """What the task is, in words: those of its name where the user gave no others."""
+    return request.instruction or request.description or re.sub(r"[-_.]+", " ", request.name)
 
 
 def _rejected(examples: Sequence[Example]) -> tuple[tuple[str, ...], ...]:

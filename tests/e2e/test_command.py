@@ -92,6 +92,16 @@ def test_the_home_may_come_from_the_environment(
     assert decision["candidates"][0]["task"] == "weather"
 
 
+def test_the_home_may_stand_before_the_command_and_that_of_the_command_wins(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROMPTYARD_HOME", str(tmp_path))
+    before = document(promptyard("--home", home, "list", "--json"))
+    assert before == document(promptyard("list", "--home", home, "--json"))
+    assert before == document(promptyard("--home", tmp_path, "list", "--home", home, "--json"))
+    assert promptyard("--home", home, "list", "--home", tmp_path).exit_code == 1
+
+
 def test_a_task_can_be_retired_and_restored(home: Path) -> None:
     for action, live in (("retire", {"weather"}), ("restore", set(TASKS))):
         document(promptyard(action, "banking", "--home", home, "--json"))

@@ -445,6 +445,27 @@ def test_free_text_has_no_closed_outputs_and_another_metric(
     assert tuner.jobs[0].instruction == "Why?"
 
 
+def test_a_task_without_instruction_and_description_is_told_by_the_words_of_its_name(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    """Free text has no labels either that a prompt could start from, or a baseline be made of."""
+    base = load_language_model(save_small_model("bart", tmp_path / "bart"), device="cpu", threads=1)
+    request = RegisterTask(
+        "travel-is_good.place",
+        rows_at(tmp_path, "weather", 20),
+        free_text=True,
+        force="a test",
+    )
+    settings = TuningSettings(length=5, steps=2, validations=1)
+
+    result = register(workshop, [request], base, settings)
+
+    assert not result.failures
+    [record] = result.records
+    assert record.prompt is not None
+    assert record.instruction == ""
+
+
 @pytest.mark.parametrize(
     ("scores", "passes"),
     [

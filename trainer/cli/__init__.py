@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,7 +26,7 @@ from trainer.cli import (
     trying,
     watching,
 )
-from trainer.cli.console import fail, quiet_libraries
+from trainer.cli.console import BeforeCommand, fail, quiet_libraries
 
 app = typer.Typer(
     name="promptyard",
@@ -55,6 +56,10 @@ def _check_tenant(name: str | None) -> str | None:
 @app.callback()
 def _options(
     context: typer.Context,
+    home: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="As `--home` of the command, for those that have one."),
+    ] = None,
     tenant: Annotated[
         str | None,
         typer.Option(
@@ -72,7 +77,7 @@ def _options(
     ] = False,
 ) -> None:
     # What the help of the command says is above, at `app`.
-    context.obj = tenant
+    context.obj = BeforeCommand(tenant, home)
 
 
 registering.add_to(app)

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -30,22 +31,42 @@ EXIT_INVALID = 2
 EXIT_REFUSED = 3
 
 
+@dataclass(frozen=True, slots=True)
+class BeforeCommand:
+    """What was chosen before the command, as in `promptyard --tenant NAME list`."""
+
+    tenant: str | None = None
+    home: Path | None = None
+
+
+def _before_command(context: typer.Context) -> BeforeCommand:
+    found = context.find_root().obj
+    return found if isinstance(found, BeforeCommand) else BeforeCommand()
+
+
 def chosen_tenant(context: typer.Context) -> str | None:
     """What `promptyard --tenant` chose."""
-    found = context.find_root().obj
-    return found if isinstance(found, str) else None
+    return _before_command(context).tenant
+
+
+def chosen_home(context: typer.Context, home: Path | None) -> Path | None:
+    """The flag of the command, or that before it, or `home` as the environment has it."""
+    before = _before_command(context).home
+    source = context.get_parameter_source("home")
+    of_command = source is not None and source.name == "COMMANDLINE"
+    return home if of_command or before is None else before
 
 
 def _home_of_tenant(context: typer.Context, home: Path | None) -> Path | None:
     from router.tenants import tenant_home
 
-    tenant = chosen_tenant(context)
+    tenant, home = chosen_tenant(context), chosen_home(context, home)
     return home if tenant is None else tenant_home(home_folder(home), tenant)
 
 
 def _home_of_all_tenants(context: typer.Context, home: Path | None) -> Path | None:
     _refuse_tenant(chosen_tenant(context))
-    return home
+    return chosen_home(context, home)
 
 
 def _server(context: typer.Context, server: str | None) -> str | None:
@@ -67,7 +88,8 @@ def _home_option(
         "--home",
         envvar="PROMPTYARD_HOME",
         callback=of,
-        help="Folder of the catalog and its files. Default: the platform's data folder.",
+        help="Folder of the catalog and its files. It may also stand before the command. "
+        "Default: the platform's data folder.",
     )
 
 

@@ -13,6 +13,7 @@ from router.decision import Outcome
 from router.settings import DEFAULT_BASE_MODEL
 from trainer.cli.console import (
     EXIT_FAILED,
+    chosen_home,
     err,
     errors_for_people,
     fail_of_server,
@@ -36,7 +37,10 @@ def add_to(app: typer.Typer) -> None:
 
 def demo(
     home: Annotated[
-        Path | None, typer.Option(help="An empty folder to keep. Default: a temporary one.")
+        Path | None,
+        typer.Option(
+            callback=chosen_home, help="An empty folder to keep. Default: a temporary one."
+        ),
     ] = None,
     show_all: Annotated[bool, typer.Option("--all", help="Show every held-out input.")] = False,
 ) -> None:

@@ -75,7 +75,11 @@ def register(
     ] = None,
     description: Annotated[str, typer.Option(help="What the task is, for people.")] = "",
     instruction: Annotated[
-        str, typer.Option(help="What the model should do. The soft prompt starts from it.")
+        str,
+        typer.Option(
+            help="What the model should do. The soft prompt starts from it; without it, from the "
+            "description, or else the words of the name."
+        ),
     ] = "",
     input_field: Annotated[str, typer.Option(help="Name of the column with inputs.")] = "input",
     output_field: Annotated[str, typer.Option(help="Name of the column with outputs.")] = "output",
