@@ -194,7 +194,10 @@ class MicroBatcher(Generic[Item, Result]):
                 self._observer.stage_ended(f"{self._name}_wait", began - entry.since)
             results = self._work([entry.item for entry in batch])
             seconds = time.perf_counter() - began
-            self._pace.note(seconds / len(batch))
+            # A small batch that took all there was says nothing of how long a queue takes: most
+            # of its time is the batch's, whatever is in it, and what waits by now shares the next.
+            took_all = len(batch) == len(window) < self._limits.batch_items
+            self._pace.note(0.0 if took_all else seconds / len(batch))
             self._observer.stage_ended(f"{self._name}_work", seconds)
             self._observer.batch_ended(self._name, len(batch))
             if len(results) != len(batch):

@@ -30,7 +30,10 @@ class Pace:
         self._timed: tuple[float, ...] = ()
 
     def note(self, seconds: float) -> None:
-        """An item took so long: its share, where several were worked on together."""
+        """An item took so long: its share, where several were worked on together.
+
+        0 where nothing waits that could not be worked on together with what comes.
+        """
         self._timed = (*self._timed[1 - _TIMED :], seconds)
 
     def admit(self, items: int, unfinished: int) -> None:

@@ -18,7 +18,7 @@ from router.errors import IncompatibleModelError
 _LEAST = 1e-6
 _MAX_POSITIONS = {"cpu": 2048, "cuda": 131_072}
 # Padding that costs less than the fixed work of one more forward and backward pass.
-_MAX_PADDING = {"cpu": 96, "cuda": _MAX_POSITIONS["cuda"]}
+_MAX_PADDING = {"cpu": 96, "cuda": 24_576}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,15 @@ class TrainingRow:
     weight: float
     rejected: Sequence[tuple[int, ...]] = ()
     rejected_weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Gradients:
+    """What one forward and one backward pass gave: losses `[B]`, and a gradient a prompt."""
+
+    losses: Tensor
+    prompts: Sequence[Tensor]
+    of_prompts: Sequence[Tensor]
 
 
 class MicroBatches:
@@ -58,18 +67,25 @@ class MicroBatches:
             IncompatibleModelError: the device's memory cannot hold a single row.
         """
         losses: dict[int, float] = {}
-        while waiting := [i for i in range(len(rows)) if i not in losses]:
+        found: list[tuple[list[int], _Gradients]] = []
+        done: set[int] = set()
+        while waiting := [i for i in range(len(rows)) if i not in done]:
             lengths = [len(rows[i].row) for i in waiting]
             for batch in batches(lengths, self._positions, self._padding):
                 chosen = [waiting[place] for place in batch]
-                found = self._add_if_it_fits([rows[i] for i in chosen])
-                if found is None:
+                gradients = self._gradients_if_they_fit([rows[i] for i in chosen])
+                if gradients is None:
                     self._halve(len(chosen) * max(lengths[place] for place in batch), len(chosen))
                     break
-                losses.update(zip(chosen, found, strict=True))
+                found.append((chosen, gradients))
+                done.update(chosen)
+        # Looked at last of all: a GPU works on one batch while the next one is prepared.
+        for chosen, gradients in found:
+            values = self._take([rows[i] for i in chosen], gradients)
+            losses.update(zip(chosen, values, strict=True))
         return [losses[i] for i in range(len(rows))]
 
-    def _add_if_it_fits(self, rows: Sequence[TrainingRow]) -> list[float] | None:
+    def _gradients_if_they_fit(self, rows: Sequence[TrainingRow]) -> _Gradients | None:
         try:
             losses = row_losses(self._model, rows)
             weights = losses.new_tensor([row.weight for row in rows])
@@ -78,13 +94,17 @@ class MicroBatches:
             found = torch.autograd.grad((losses * weights).sum(), list(prompts.values()))
         except torch.OutOfMemoryError:
             return None
-        values: list[float] = losses.tolist()
+        return _Gradients(losses.detach(), list(prompts.values()), found)
+
+    def _take(self, rows: Sequence[TrainingRow], gradients: _Gradients) -> list[float]:
+        """Add the gradients of `rows` to their prompts, but for those whose loss is not finite."""
+        values: list[float] = gradients.losses.tolist()
         sound = [row for row, value in zip(rows, values, strict=True) if math.isfinite(value)]
         if len(sound) < len(rows):
             # Kernels of some processors spread what is not a number to other rows' gradients.
             again = iter(self.add(sound))
             return [next(again) if math.isfinite(value) else value for value in values]
-        for prompt, gradient in zip(prompts.values(), found, strict=True):
+        for prompt, gradient in zip(gradients.prompts, gradients.of_prompts, strict=True):
             prompt.grad = gradient if prompt.grad is None else prompt.grad + gradient
         return values
 

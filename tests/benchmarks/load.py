@@ -51,7 +51,7 @@ class Call:
     """One call (of a stream: one text): when it began and ended (monotonic), and its status.
 
     `items` are its texts; `revision` and `tasks` (NAME@REVISION, with spaces between) are what the
-    response says, for those who check.
+    response says, for those who check, `said` what an error says.
     """
 
     began: float
@@ -60,6 +60,7 @@ class Call:
     code: str
     revision: int = 0
     tasks: str = ""
+    said: str = ""
 
     @property
     def seconds(self) -> float:

@@ -17,8 +17,8 @@ from router.v1.router_service_pb2_grpc import RouterServiceStub
 from tests.benchmarks.catalog_model import tasks_of
 from tests.benchmarks.empty_server import METHOD
 
-# began, ended, items, code, revision, tasks: see `load.Call`.
-Row = tuple[float, float, int, str, int, str]
+# began, ended, items, code, revision, tasks, said: see `load.Call`.
+Row = tuple[float, float, int, str, int, str, str]
 _MOST_PROBLEMS = 5
 _OPTIONS = [("grpc.use_local_subchannel_pool", 1)]
 
@@ -113,14 +113,14 @@ class Worker:
         self, call: Callable[[object], Awaitable[tuple[int, int, str]]], request: object
     ) -> None:
         began = time.monotonic()
-        items, revision, task, code = 0, 0, "", "OK"
+        items, revision, task, code, said = 0, 0, "", "OK", ""
         try:
             items, revision, task = await call(request)
         except aio.AioRpcError as error:
-            code = error.code().name
+            code, said = error.code().name, error.details() or ""
             if code != "RESOURCE_EXHAUSTED" and len(self.problems) < _MOST_PROBLEMS:
-                self.problems.append(f"{code}: {error.details()}")
-        self.rows.append((began, time.monotonic(), items, code, revision, task))
+                self.problems.append(f"{code}: {said}")
+        self.rows.append((began, time.monotonic(), items, code, revision, task, said))
 
     async def _empty(self, request: object) -> tuple[int, int, str]:
         await self.empty(request, timeout=self.told["timeout"])
@@ -174,14 +174,15 @@ class Worker:
                 code = "OK" if response.HasField("decision") else response.error.reason
                 row = (sent[received], time.monotonic(), 1, code, response.revision)
                 found = tasks_of([response.decision]) if code == "OK" else ""
-                self.rows.append((*row, found))
+                self.rows.append((*row, found, response.error.message))
                 received += 1
                 if open_ and not await send():
                     open_ = False
                     await stream.done_writing()
         except aio.AioRpcError as error:
-            self.rows.append((sent[-1], time.monotonic(), 0, error.code().name, 0, ""))
-            self.problems.append(f"{error.code().name}: {error.details()}")
+            code, said = error.code().name, error.details() or ""
+            self.rows.append((sent[-1], time.monotonic(), 0, code, 0, "", said))
+            self.problems.append(f"{code}: {said}")
 
 
 async def _main() -> None:

@@ -62,6 +62,7 @@ class Findings:
 
     calls: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
+    """How often, by method and what the server said."""
     publishes: Counter[str] = field(default_factory=Counter)
     revisions_seen: set[int] = field(default_factory=set)
     decisions_compared: int = 0
@@ -164,21 +165,20 @@ class Soak:
     def _check(self, method: str, result: Result) -> None:
         for problem in result.problems:
             self._note(f"{method}: {problem}")
-        refused = 0
+        refused: Counter[str] = Counter()
         for call in result.calls:
             if call.code in REFUSALS:
-                refused += 1
+                refused[f"{method}: {call.said}"] += 1
             elif call.code != OK:
                 self._note(f"{method}: {call.code}")
             elif problem := self._model.problem(call.revision, call.tasks):
                 self._note(f"{method}: {problem}")
         with self._lock:
-            self.findings.calls[method] += len(result.calls) - refused
+            self.findings.calls[method] += len(result.calls) - refused.total()
             self.findings.revisions_seen |= {
                 c.revision for c in result.calls if c.code not in REFUSALS
             }
-            if refused:
-                self.findings.refused[method] += refused
+            self.findings.refused += refused
 
     def _note(self, problem: str) -> None:
         with self._lock:
@@ -228,7 +228,8 @@ def report(findings: Findings, seconds: float) -> list[str]:
     sizes = [size for _, size in findings.memory]
     lines = [
         f"{seconds:.0f} s: {calls}",
-        f"refused as too many: {sum(findings.refused.values()):,}",
+        f"refused as too many: {findings.refused.total():,}",
+        *(f"  {count} x {said}" for said, count in findings.refused.most_common(5)),
         f"published meanwhile: {made}; served within {findings.slowest_reload:.1f} s at most",
         f"revisions in responses: {len(findings.revisions_seen)}, all of them checked;"
         f" {findings.decisions_compared} decisions compared with the catalog's",

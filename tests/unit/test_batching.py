@@ -108,6 +108,51 @@ async def test_one_batch_that_stalled_is_no_reason_to_refuse(batchers: Make, wor
     ]
 
 
+async def test_small_batches_that_are_slow_are_no_reason_to_refuse_what_fits_into_the_next(
+    batchers: Make, work: Work
+) -> None:
+    """Nine callers, of whom none has to wait for more than two batches, are all served."""
+    batcher = batchers(BatchLimits(100, 32, 1000, queue_seconds=0.3))
+
+    def slow(items: Sequence[int]) -> Sequence[int]:
+        time.sleep(0.05)
+        return items
+
+    work.results = slow
+    for item in range(4):
+        await batcher.submit([item])
+
+    async def caller() -> None:
+        for item in range(5):
+            assert await batcher.submit([item, item]) == [item, item]
+
+    await asyncio.gather(*(caller() for _ in range(9)))
+
+
+async def test_a_refusing_queue_takes_everything_again_after_a_few_small_batches(
+    batchers: Make, work: Work
+) -> None:
+    batcher = batchers(BatchLimits(100, 2, 1000, queue_seconds=1.0))
+
+    def slow(items: Sequence[int]) -> Sequence[int]:
+        time.sleep(0.1)
+        return items
+
+    work.results = slow
+    assert await batcher.submit([*range(8)]) == [*range(8)]  # four batches that are full
+    work.free.clear()
+    running = [asyncio.create_task(batcher.submit([1])) for _ in range(30)]
+    await asyncio.sleep(0.05)
+    assert any(call.done() for call in running)
+    for call in running:
+        call.cancel()
+    work.free.set()
+    await asyncio.gather(*running, return_exceptions=True)
+    for item in range(7):
+        assert await batcher.submit([item]) == [item]
+    assert all(await asyncio.gather(*(batcher.submit([n + 1]) for n in range(12))))
+
+
 def test_a_machine_that_gets_slower_is_noticed_after_three_batches() -> None:
     pace = Pace("test", 1000, 10.0)
     for seconds in [*[0.1] * 7, 0.4, 0.4]:
