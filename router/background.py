@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from router.interfaces import Encoder
+from router.interfaces import Encoder, FloatArray
 
 if TYPE_CHECKING:
     from router.fitting import Background
@@ -22,13 +22,27 @@ if TYPE_CHECKING:
 TEXTS = Path(__file__).with_name("general_texts.txt")
 
 
-def measure_background(encoder: Encoder) -> Background:
-    """Mean and covariance of the encoder's embeddings of the shipped texts."""
+def general_texts() -> list[str]:
+    """The shipped texts."""
+    return TEXTS.read_text(encoding="utf-8").splitlines()
+
+
+def embed_general_texts(encoder: Encoder) -> FloatArray:
+    """The encoder's embeddings `[N, D]` of the shipped texts."""
+    return encoder.encode(general_texts()).vectors
+
+
+def background_of(vectors: FloatArray) -> Background:
+    """Mean and covariance of embeddings `[N, D]`."""
     from router.fitting import Background
 
-    vectors = encoder.encode(TEXTS.read_text(encoding="utf-8").splitlines()).vectors
-    vectors = vectors.astype(np.float64)
-    return Background(vectors.mean(0), np.cov(vectors.T, bias=True))
+    exact = vectors.astype(np.float64)
+    return Background(exact.mean(0), np.cov(exact.T, bias=True))
+
+
+def measure_background(encoder: Encoder) -> Background:
+    """Mean and covariance of the encoder's embeddings of the shipped texts."""
+    return background_of(embed_general_texts(encoder))
 
 
 def when_needed(encoder: Encoder) -> Callable[[], Background]:

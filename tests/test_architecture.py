@@ -168,6 +168,11 @@ def test_what_registers_tasks_without_prompts_loads_no_torch(module: str) -> Non
     assert {"torch", "transformers"}.isdisjoint(found)
 
 
+def test_a_task_of_few_rows_is_registered_without_waiting_for_what_others_need() -> None:
+    found = run_python("import trainer.register, sys; print(*sys.modules)").split()
+    assert {"sklearn", "scipy.stats"}.isdisjoint(found)
+
+
 def test_serving_with_the_embedded_encoder_loads_no_torch() -> None:
     program = (
         "from router.bootstrap import load_encoder; load_encoder().encode(['a']);"

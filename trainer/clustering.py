@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.cluster import KMeans
 
 from router.interfaces import FloatArray
 
@@ -20,6 +19,8 @@ def cluster(vectors: FloatArray) -> NDArray[np.int16]:
     wanted = min(max(len(vectors) // ROWS_PER_CLUSTER, 1), MAX_CLUSTERS, len(vectors))
     if wanted == 1:
         return np.zeros(len(vectors), np.int16)
+    from sklearn.cluster import KMeans  # here: it takes most of a second to load
+
     labels = KMeans(wanted, n_init=3, random_state=0).fit_predict(vectors)
     _, numbered = np.unique(labels, return_inverse=True)
     return numbered.astype(np.int16)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binom
+from scipy.special import bdtrc
 
 from router.compiling import REJECTED, UNSCORED, held_out_by_task
 from router.errors import RefusedError
@@ -57,7 +57,7 @@ class Taken:
 
     def is_over(self, limit: float) -> bool:
         """Whether more than `limit` is taken, by more than chance (a one-sided binomial test)."""
-        chance = float(binom.sf(self.taken - 1, self.rows, limit))
+        chance = float(bdtrc(self.taken - 1, self.rows, limit))
         return self.share > limit and self.taken >= _LEAST_TAKEN_ROWS and chance <= _MOST_CHANCE
 
 

@@ -10,8 +10,6 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import logsumexp
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 
 from router.interfaces import FloatArray, HalfArray
 from router.weighing import weigh
@@ -188,6 +186,10 @@ def _fit(vectors: FloatArray, truth: NDArray[np.int64], label_vectors: FloatArra
     Embeddings are stretched by `_SPREAD` for the penalty to be of one kind with them, and once more
     along the directions in which the labels' words differ from each other.
     """
+    # Here: who registers for routing alone need not wait for them.
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
     center = vectors.mean(0)
     directions = label_vectors - label_vectors.mean(0)
     directions /= np.maximum(np.linalg.norm(directions, axis=1, keepdims=True), _LEAST_NORM)

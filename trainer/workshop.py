@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from router.background import measure_background
 from router.bootstrap import load_fast_model
 from router.cascade import FastHeads, FastModel
 from router.catalog import ARTIFACTS_FOLDER, HEADS_FOLDER, StoredChallenger
@@ -36,6 +35,7 @@ from trainer.challenge_rules import standing_challenges
 from trainer.commands import PolicyChange
 from trainer.gate import GateReport, check, measure
 from trainer.head_writer import HeadWriter, block_starts
+from trainer.kept_background import kept_background
 from trainer.kept_sums import KeptSums
 from trainer.policies import changed_policy
 
@@ -284,8 +284,7 @@ class Workshop:
             policy=policy,
             encoder=self.encoder.fingerprint,
             dimension=self.encoder.dimension,
-            # Which takes a second of a process.
-            background=None if policy.head == "nearest-mean" else self._measured_background(),
+            background=None if policy.head == "nearest-mean" else self._known_background(),
             sample_scores=self._sample_scores,
             before=before,
         )
@@ -352,9 +351,9 @@ class Workshop:
         unpublished = {record.key for record in records}
         self._pool.update(task for task in self._pool.tasks if task.key not in unpublished)
 
-    def _measured_background(self) -> Background:
+    def _known_background(self) -> Background:
         if self._background is None:
-            self._background = measure_background(self.encoder)
+            self._background = kept_background(self.home, self.encoder)
         return self._background
 
     def _task_statistics(self, key: TaskKey, new: Mapping[TaskKey, TaskRecord]) -> TaskStatistics:
