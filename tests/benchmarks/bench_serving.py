@@ -22,7 +22,7 @@ from router.bootstrap import load_base_model, load_encoder
 from router.settings import DEFAULT_BASE_MODEL
 from tests.benchmarks.serving_homes import routing_home
 from tests.benchmarks.serving_page import TITLES, page
-from tests.benchmarks.serving_rates import answer_rates, overload, routing_rates
+from tests.benchmarks.serving_rates import answer_rates, fast_rates, overload, routing_rates
 from tests.benchmarks.serving_route import one_caller, stages
 
 REPORTS = Path(__file__).parents[2] / "docs" / "benchmarks"
@@ -38,6 +38,7 @@ def main() -> int:
             "route": lambda: one_caller(home, encoder, options.rounds, options.semantic_router),
             "stages": lambda: stages(home, encoder, options.rounds),
             "rates": lambda: routing_rates(home, encoder, options.rounds, options.seconds),
+            "fast": lambda: fast_rates(Path(scratch) / "fast", options.rounds, options.seconds),
             "generate": lambda: answer_rates(
                 Path(scratch) / "answering",
                 encoder,

@@ -24,6 +24,7 @@ TITLES = {
     "route": "One caller",
     "stages": "Where the time of one Route goes",
     "rates": "Many callers",
+    "fast": "Many callers, the fast encoder",
     "generate": "Answers",
     "overload": "Overload",
 }
@@ -148,19 +149,10 @@ def _rates(figures: Measured) -> list[str]:
         "StreamRoute": "`StreamRoute`, 4 streams with 16 texts on their way each",
         "BatchRoute": "`BatchRoute`, 4 callers with 32 texts each",
     }
-    table: Table = [
-        ["", "texts a second", "p50, ms", "p99, ms", "server CPU a text, ms", "client CPU, ms"]
-    ]
-    for key, name in names.items():
-        rows = [each[key] for each in rounds]
-        cells = [name, spread([row["rate"] for row in rows], ",.0f")]
-        for field in ("p50", "p99", "server cpu a text", "client cpu a text"):
-            known = field in rows[0]
-            cells.append(spread([1e3 * row[field] for row in rows]) if known else "")
-        table.append(cells)
+    table = _rate_table(rounds, names)
 
     def ratio(over: str, under: str) -> list[float]:
-        return [row[over]["rate"] / row[under]["rate"] for row in rounds]
+        return _rate_ratios(rounds, over, under)
 
     aims = [
         _AIMS,
@@ -172,8 +164,51 @@ def _rates(figures: Measured) -> list[str]:
     text = f"""Texts of at most 15 words, two client processes, {figures["seconds"]:g} seconds a
     run. Times are of a call; of a stream, from writing a text to its answer. A call of `BatchRoute`
     holds 32 texts. While the server routes, the clients use the same cores; the encoder alone has
-    them to itself. No faster encoder than the embedded one is there to be measured."""
+    them to itself."""
     return [paragraph(text), "", *markdown(table), "", *markdown(aims)]
+
+
+def _fast(figures: Measured) -> list[str]:
+    rounds = figures["rounds"]
+    names = {
+        "empty service": f"empty gRPC service, {figures['callers']} callers",
+        "Route": f"`Route`, {figures['callers']} callers",
+        **{
+            name: f"`BatchRoute`, 4 callers with {name.split()[1]} texts each"
+            for name in rounds[0]
+            if name.startswith("BatchRoute")
+        },
+    }
+    largest = list(names)[-1]
+    unary = _rate_ratios(rounds, "Route", "empty service")
+    batches = [row[largest]["rate"] for row in rounds]
+    aims = [
+        _AIMS,
+        _aim("`Route` / empty gRPC service", unary, 0.6, most=False),
+        _aim(f"{names[largest]}, decisions a second", batches, 10_000.0, ",.0f", most=False),
+    ]
+    text = f"""As above, {figures["seconds"]:g} seconds a run, with `--encoder fast` and tasks that
+    were registered with it."""
+    return [paragraph(text), "", *markdown(_rate_table(rounds, names)), "", *markdown(aims)]
+
+
+def _rate_table(rounds: Sequence[Measured], names: Mapping[str, str]) -> Table:
+    """What was measured by the keys of `names`, under these names."""
+    table: Table = [
+        ["", "texts a second", "p50, ms", "p99, ms", "server CPU a text, ms", "client CPU, ms"]
+    ]
+    for key, name in names.items():
+        rows = [each[key] for each in rounds]
+        cells = [name, spread([row["rate"] for row in rows], ",.0f")]
+        for field in ("p50", "p99", "server cpu a text", "client cpu a text"):
+            known = field in rows[0]
+            cells.append(spread([1e3 * row[field] for row in rows]) if known else "")
+        table.append(cells)
+    return table
+
+
+def _rate_ratios(rounds: Sequence[Measured], over: str, under: str) -> list[float]:
+    return [row[over]["rate"] / row[under]["rate"] for row in rounds]
 
 
 def _generate(figures: Measured) -> list[str]:
@@ -237,6 +272,7 @@ PAGES: Mapping[str, Callable[[Measured], list[str]]] = {
     "route": _route,
     "stages": _stages,
     "rates": _rates,
+    "fast": _fast,
     "generate": _generate,
     "overload": _overload,
 }

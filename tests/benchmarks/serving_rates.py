@@ -10,14 +10,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from router.backends.torch_model import TorchLanguageModel
+from router.bootstrap import load_encoder
 from router.client import RouterClient
 from router.interfaces import Encoder
+from router.settings import FAST_ENCODER
 from tests.benchmarks.load import OK, Clients, Load, Result, percentile, run_load
 from tests.benchmarks.served import Served, serving, serving_nothing
-from tests.benchmarks.serving_homes import answering_home, held_out, short_texts
+from tests.benchmarks.serving_homes import (
+    answering_home,
+    held_out,
+    routing_home,
+    short_texts,
+)
 
 CALLERS = 64
 BATCH = 32
+FAST_BATCHES = (32, 256)
 ENCODER_SECONDS = 2.0
 # What is asked at once in streams and batches is as much as the unary callers ask.
 _STREAMS = {"callers": 4, "outstanding": CALLERS // 4}
@@ -39,6 +47,25 @@ def routing_rates(home: Path, encoder: Encoder, rounds: int, seconds: float) -> 
         for _ in range(rounds):
             row: dict[str, dict] = {"encoder": {"rate": encoder_rate(encoder, texts)}}
             row["empty service"] = _rate(nothing, Load("Empty", texts, CALLERS), seconds)
+            for name, load in loads.items():
+                row[name] = _rate(served, load, seconds)
+            measured.append(row)
+    return {"callers": CALLERS, "seconds": seconds, "rounds": measured}
+
+
+def fast_rates(home: Path, rounds: int, seconds: float) -> dict:
+    """Texts a second with the `fast` encoder, where what is around it is most of the work."""
+    routing_home(home, load_encoder(FAST_ENCODER))
+    texts = short_texts()
+    loads = {
+        "Route": Load("Route", texts, CALLERS),
+        **{f"BatchRoute {size}": Load("BatchRoute", texts, 4, batch=size) for size in FAST_BATCHES},
+    }
+    measured = []
+    flags = ("--route-only", "--encoder", FAST_ENCODER)
+    with serving(home, *flags) as served, serving_nothing() as nothing:
+        for _ in range(rounds):
+            row = {"empty service": _rate(nothing, Load("Empty", texts, CALLERS), seconds)}
             for name, load in loads.items():
                 row[name] = _rate(served, load, seconds)
             measured.append(row)
