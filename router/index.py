@@ -10,6 +10,10 @@ from router.approximate_index import CANDIDATES, ApproximateIndex
 from router.examples import SHORTLIST, Closeness
 from router.interfaces import FloatArray
 
+# Comparing all pairs of hits of a query takes less than looking at one after the other.
+_MOST_COMPARED_HITS = 64
+_BEFORE = np.tri(_MOST_COMPARED_HITS, k=-1, dtype=np.bool_)
+
 
 class CentroidIndex:
     """An inner-product index over a head's rows. Never changed once it is built.
@@ -109,14 +113,19 @@ def _best_per_task(
     scores: FloatArray, tasks: NDArray[np.int64], k: int
 ) -> tuple[FloatArray, NDArray[np.int64]]:
     """Keep each task's first (best) hit: `[B, N]` hits, best first -> `[B, k]`."""
-    best_scores = np.empty((len(scores), k), np.float32)
-    best_tasks = np.empty((len(scores), k), np.int64)
-    for row, row_tasks in enumerate(tasks.tolist()):
-        first: dict[int, int] = {}
-        for place, task in enumerate(row_tasks):
-            first.setdefault(task, place)
-            if len(first) == k:
-                break
-        best_tasks[row] = list(first)
-        best_scores[row] = scores[row, list(first.values())]
-    return best_scores, best_tasks
+    if tasks.shape[1] > _MOST_COMPARED_HITS:
+        firsts = np.stack([_firsts(row) for row in tasks])
+    else:  # every hit with those before it, in all rows at once
+        repeated = (tasks[:, :, None] == tasks[:, None, :]) & _BEFORE[
+            : len(tasks[0]), : len(tasks[0])
+        ]
+        firsts = ~repeated.any(2)
+    kept = np.argsort(~firsts, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(scores, kept, 1), np.take_along_axis(tasks, kept, 1)
+
+
+def _firsts(tasks: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Where each task of `[N]` is met first."""
+    found = np.zeros(len(tasks), np.bool_)
+    found[np.unique(tasks, return_index=True)[1]] = True
+    return found

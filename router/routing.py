@@ -132,6 +132,7 @@ class Router:
         self.observer = observer
         self._explainer = explainer
         self._note = note
+        self._batch_tokens = batch_limits.batch_tokens
         self._batcher = MicroBatcher(
             self._decide,
             self._count_tokens,
@@ -298,6 +299,10 @@ class Router:
         return cast("FloatArray", routed.vector)
 
     def _count_tokens(self, questions: Sequence[_Question]) -> list[int]:
+        # A token has a byte or more: where so many are few enough, nobody need count them.
+        most = [min(len(question.text.encode()), self.encoder.window) for question in questions]
+        if sum(most) <= self._batch_tokens:
+            return most
         return self.encoder.count_tokens([question.text for question in questions])
 
     def _decide(self, questions: Sequence[_Question]) -> list[_Routed]:

@@ -16,6 +16,8 @@ from router.settings import (
     DEFAULT_ENCODER,
     DEFAULT_LISTEN,
     DEFAULT_MAX_TENANTS,
+    FAST_ENCODER,
+    FAST_ROUTING_BATCHES,
     MAX_WORKERS,
     ROUTING_BATCHES,
     ServerSettings,
@@ -253,6 +255,7 @@ def serve(
         from router.bootstrap import serve as run_server
 
         log_to_stderr()
+        batches = FAST_ROUTING_BATCHES if encoder == FAST_ENCODER else ROUTING_BATCHES
         limits = Limits(
             max_text_bytes=max_text_bytes,
             max_batch_texts=max_batch_texts,
@@ -286,7 +289,7 @@ def serve(
             log_calls=log_calls,
             limits=limits,
             routing_batches=replace(
-                ROUTING_BATCHES, queue_items=max(ROUTING_BATCHES.queue_items, 4 * max_batch_texts)
+                batches, queue_items=max(batches.queue_items, 4 * max_batch_texts)
             ),
         )
         if check:
