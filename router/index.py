@@ -113,12 +113,11 @@ def _best_per_task(
     scores: FloatArray, tasks: NDArray[np.int64], k: int
 ) -> tuple[FloatArray, NDArray[np.int64]]:
     """Keep each task's first (best) hit: `[B, N]` hits, best first -> `[B, k]`."""
-    if tasks.shape[1] > _MOST_COMPARED_HITS:
-        firsts = np.stack([_firsts(row) for row in tasks])
-    else:  # every hit with those before it, in all rows at once
-        repeated = (tasks[:, :, None] == tasks[:, None, :]) & _BEFORE[
-            : len(tasks[0]), : len(tasks[0])
-        ]
+    hits = tasks.shape[1]
+    if hits > _MOST_COMPARED_HITS:
+        firsts = np.array([_firsts(row) for row in tasks], np.bool_).reshape(tasks.shape)
+    else:  # every hit with those before it, of all queries at once
+        repeated = (tasks[:, :, None] == tasks[:, None, :]) & _BEFORE[:hits, :hits]
         firsts = ~repeated.any(2)
     kept = np.argsort(~firsts, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(scores, kept, 1), np.take_along_axis(tasks, kept, 1)

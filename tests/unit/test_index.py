@@ -136,3 +136,22 @@ def test_the_rows_it_was_built_from_are_not_changed() -> None:
     index = CentroidIndex(rows, row_task)
     index.search(rows, 5)
     assert rows.tobytes() == before
+
+
+@pytest.mark.parametrize("clusters", [2, 20])
+def test_tasks_of_few_and_of_many_clusters_score_as_their_best_row(clusters: int) -> None:
+    """However many hits must be looked at for the best tasks to be among them."""
+    rng = np.random.default_rng(clusters)
+    tasks, k = 12, 5
+    rows = rng.standard_normal((tasks * clusters, 8)).astype(np.float32)
+    row_task = np.repeat(np.arange(tasks), clusters)
+    queries = rng.standard_normal((7, 8)).astype(np.float32)
+    best = (queries @ rows.T).reshape(len(queries), tasks, clusters).max(2)
+
+    index = CentroidIndex(rows, row_task)
+    scores, found = index.search(queries, k)
+    none, of_none = index.search(queries[:0], k)
+
+    np.testing.assert_array_equal(found, np.argsort(-best, axis=1)[:, :k])
+    np.testing.assert_allclose(scores, -np.sort(-best, axis=1)[:, :k], rtol=1e-5)
+    assert none.shape == of_none.shape == (0, k)
