@@ -79,7 +79,7 @@ bench-calibration: $(INSTALLED)  ## How far the probability of being right is fr
 	$(BIN)/python tests/benchmarks/bench_calibration.py
 
 bench-routing: $(INSTALLED)  ## Routing of public data sets beside other ways to route (writes docs/benchmarks)
-	$(BIN)/python tests/benchmarks/bench_routing.py
+	$(BIN)/python -m tests.benchmarks.bench_routing
 
 bench-serving: $(INSTALLED)  ## Calls, rates, answers and overload of a server under load (writes docs/benchmarks)
 	$(BIN)/python -m tests.benchmarks.bench_serving $(if $(SEMANTIC_ROUTER),--semantic-router $(SEMANTIC_ROUTER))

@@ -1,4 +1,8 @@
-"""The index of task centroids: exact, or scoring exactly what an approximate one finds."""
+"""The index of task centroids: exact, or scoring exactly what an approximate one finds.
+
+Few rows are all looked at; of more, those that bytes say are the likely ones (`quantised_index`),
+which is exact, too; of very many, those in cells nearby (`approximate_index`).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,11 @@ from numpy.typing import NDArray
 from router.approximate_index import CANDIDATES, ApproximateIndex
 from router.examples import SHORTLIST, Closeness
 from router.interfaces import FloatArray
+from router.quantised_index import LEAST_ROWS, QuantisedIndex
+
+# FAISS takes one query at a time while all have fewer values than this, by default 128,000. On one
+# thread a matrix product is quicker from three queries on (faiss pull request 5109).
+faiss.cvar.distance_compute_blas_threshold = 3_000
 
 # Comparing all pairs of hits of a query takes less than looking at one after the other.
 _MOST_COMPARED_HITS = 64
@@ -40,13 +49,16 @@ class CentroidIndex:
         tasks, counts = np.unique(row_task, return_counts=True)
         self._tasks = len(tasks)
         # How many rows must be asked for so that k different tasks are surely among them.
-        self._rows_before_kth_task = np.cumsum(np.sort(counts)[::-1])
+        self._rows_before_kth_task: list[int] = np.cumsum(np.sort(counts)[::-1]).tolist()
         self._rows = rows
         self._approximate = approximate
         # Empty, and not looked at, beside an approximate one.
         self._flat = faiss.IndexFlatIP(rows.shape[1])
+        self._quantised = None
         if approximate is None:
             self._flat.add(np.ascontiguousarray(rows, dtype=np.float32))
+            if len(rows) >= LEAST_ROWS:
+                self._quantised = QuantisedIndex(rows)
 
     def search(self, queries: FloatArray, k: int) -> tuple[FloatArray, NDArray[np.int64]]:
         """The best `k` tasks for each query `[B, E]`: scores `[B, k]` and task numbers `[B, k]`.
@@ -62,7 +74,7 @@ class CentroidIndex:
         return scores[:, :k], tasks[:, :k]
 
     def _search(self, queries: FloatArray, k: int) -> tuple[FloatArray, NDArray[np.int64]]:
-        wanted = int(self._rows_before_kth_task[k - 2]) + 1 if k > 1 else 1
+        wanted = self._rows_before_kth_task[k - 2] + 1 if k > 1 else 1
         scores, rows = self._best_rows(np.ascontiguousarray(queries, dtype=np.float32), wanted)
         scores, tasks = _best_first(scores, self._row_task[rows])
         if self._tasks == len(self._row_task):
@@ -76,6 +88,10 @@ class CentroidIndex:
         """
         if self._approximate is not None:
             return self._likely_rows(self._approximate, queries, wanted)
+        if self._quantised is not None:
+            found = self._quantised.best(queries, wanted)
+            if found is not None:
+                return found
         scores, rows = self._flat.search(queries, min(wanted + 1, len(self._row_task)))
         if (scores[:, wanted:] == scores[:, wanted - 1 : wanted]).any():
             scores, rows = self._flat.search(queries, len(self._row_task))

@@ -24,14 +24,14 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from routing_peers import Peer, peers
-from routing_sets import OUT_OF_SCOPE, READERS, DataSet, Rows, drawn
-from routing_speed import head_at_1000_tasks
 
 from router.bootstrap import load_encoder
 from router.decision import Outcome
 from router.interfaces import Embeddings, Encoder, FloatArray
 from router.snapshot import Snapshot
+from tests.benchmarks.routing_peers import Peer, peers
+from tests.benchmarks.routing_sets import OUT_OF_SCOPE, READERS, DataSet, Rows, drawn
+from tests.benchmarks.routing_speed import head_in_a_call
 from trainer import metrics
 from trainer.commands import PolicyChange, RegisterTask
 from trainer.evaluation_rows import task_names
@@ -133,16 +133,18 @@ def main() -> int:
         encoder.save()
     if "clinc150" in options.sets:
         clinc = READERS["clinc150"](Path(folder))
+        some = [text for text, _ in clinc.train[:: len(clinc.train) // 2000]]
         report.table(f"CLINC150, few rows a task (mean of {DRAWS} draws)", few_rows(clinc, encoder))
-        report.table("Time of the head", [head_at_1000_tasks(load_encoder(), clinc.train)])
+        report.table("Time of the head", head_in_a_call(load_encoder(), some, HEADS))
     if missing:
         report.text(missing)
     # Embeddings that are kept change the time it takes, and no figure.
-    told = [*sys.argv]
+    told = sys.argv[1:]
     if options.embeddings is not None:
         place = told.index("--embeddings")
         del told[place : place + 2]
-    command = f"{DATA_VARIABLE}=DATA {shlex.join(['python', *told])}"
+    module = ["python", "-m", "tests.benchmarks.bench_routing"]
+    command = f"{DATA_VARIABLE}=DATA {shlex.join([*module, *told])}"
     report.text(f"Repeat with `{command}`, or `make bench-routing`. {platform.platform()}.")
     write(report, options.output)
     return 0

@@ -1,84 +1,87 @@
-"""What a head costs by itself: its share of a request, and of a publish."""
+"""What the head takes of a `Route` call, in a catalog of many tasks."""
 
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
+from pathlib import Path
 
-import numpy as np
-from threadpoolctl import threadpool_limits
+from router.client import RouterClient
+from router.interfaces import Encoder
+from router.threads import one_blas_thread
+from tests.benchmarks.bench_publish import publish
+from tests.benchmarks.served import serving
+from trainer.evaluate_routing import load_snapshot
+from trainer.workshop import Workshop
 
-from router.background import measure_background
-from router.compiling import compile_head
-from router.examples import sample_examples
-from router.interfaces import Embeddings, Encoder, FloatArray
-from router.pooled_moments import PooledMoments
-from router.snapshot import Snapshot
-from router.statistics import TaskStatistics, to_fixed_point
-from router.tasks import Policy, TaskKey
-from trainer.clustering import cluster
-
-ROWS = 20
-CALLS = 400
+CALLS = 1000
+_WARM_UP = 100
+_MOST_BYTES = 80
+_DECIDE = ("promptyard_stage_seconds_sum", "routing_decide")
 
 
-def synthetic_tasks(vectors: FloatArray, tasks: int, rows: int = ROWS) -> list[TaskStatistics]:
-    """Tasks around real embeddings `[N, D]`, that vary as real embeddings do, at half the size."""
-    rng = np.random.default_rng(0)
-    centered = vectors - vectors.mean(0)
-    made = []
-    for number in range(tasks):
-        center = vectors[rng.integers(len(vectors))]
-        drawn = center + 0.5 * centered[rng.integers(len(vectors), size=rows)]
-        drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
-        made.append(
-            TaskStatistics(TaskKey(f"t{number:06}", 1), to_fixed_point(drawn), cluster(drawn))
+def head_in_a_call(
+    encoder: Encoder, texts: Sequence[str], heads: Sequence[str], tasks: int = 1000
+) -> list[dict[str, object]]:
+    """Means over calls of one caller, with tasks drawn around the embeddings of `texts`.
+
+    The head's own time is measured in this process, after encoding a text, so that the processor's
+    caches are as they are in a server. "Deciding" is what the server says it takes: the head,
+    thresholds, policy, the decision and what is counted.
+    """
+    real = encoder.encode(texts).vectors
+    short = [text for text in texts if len(text.encode()) <= _MOST_BYTES]
+    rows = []
+    for head in heads:
+        with tempfile.TemporaryDirectory() as folder:
+            home = Path(folder) / "home"
+            with Workshop(home, encoder) as workshop, one_blas_thread():
+                publish(workshop, real, range(tasks), head, gate=False)
+            own = _own_ms(home, encoder, short)
+            call, deciding = _call_and_deciding_ms(home, short)
+        rows.append(
+            {
+                "tasks": tasks,
+                "head": f"`{head}`",
+                "Route, ms": f"{call:.2f}",
+                "head, ms": f"{own:.3f}",
+                "share": own / call,
+                "deciding, ms": f"{deciding:.3f}",
+                "share of deciding": deciding / call,
+            }
         )
-    return made
+    return rows
 
 
-def head_at_1000_tasks(encoder: Encoder, rows: Sequence[tuple[str, str]]) -> dict[str, object]:
-    """Median time of one decision at 1,000 tasks, and its share of encoding and deciding."""
-    texts = [text for text, _ in rows[:: max(len(rows) // 2000, 1)]]
-    vectors = encoder.encode(texts).vectors
-    background = measure_background(encoder)
-    pool = PooledMoments(encoder.dimension)
-    pool.update(synthetic_tasks(vectors, 1000))
-    figures: dict[str, object] = {"tasks": 1000}
-    with threadpool_limits(1):
-        encoding = _median_ms(lambda n: encoder.encode([texts[n % len(texts)]]))
-        figures["encoding one text, ms"] = f"{encoding:.2f}"
-        for kind in ("auto", "lda", "nearest-mean"):
-            head = compile_head(
-                pool,
-                policy=Policy(head=kind),
-                encoder=encoder.fingerprint,
-                dimension=encoder.dimension,
-                background=background,
-            )
-            if kind == "auto":
-                # Also where these tasks give the examples no weight: others would.
-                examples = sample_examples(pool.tasks, head.center, background.whitening)
-                head = replace(head, examples=examples, closeness_weight=1.0)
-            snapshot = Snapshot.build(1, head, {})
-            embedded = [encoder.encode([text]) for text in texts[:100]]
-            deciding = _median_ms(partial(_decide, snapshot, embedded))
-            figures[f"`{kind}`, ms"] = f"{deciding:.3f}"
-            figures[f"`{kind}`, share of both"] = deciding / (deciding + encoding)
-    return figures
-
-
-def _decide(snapshot: Snapshot, embedded: Sequence[Embeddings], number: int) -> None:
-    snapshot.decide(embedded[number % len(embedded)])
-
-
-def _median_ms(call: Callable[[int], object]) -> float:
+def _own_ms(home: Path, encoder: Encoder, texts: Sequence[str]) -> float:
+    """From an embedding to the scores of the two best tasks."""
+    snapshot = load_snapshot(home, encoder)
     seconds = []
-    for number in range(CALLS):
-        began = time.perf_counter()
-        call(number)
-        seconds.append(time.perf_counter() - began)
-    return 1e3 * statistics.median(seconds[CALLS // 10 :])
+    with one_blas_thread():
+        for number in range(_WARM_UP + CALLS):
+            vectors = encoder.encode([texts[number % len(texts)]]).vectors
+            began = time.perf_counter()
+            queries, _ = snapshot.head.queries(vectors)
+            snapshot.index.search(queries, 2)
+            seconds.append(time.perf_counter() - began)
+    return 1e3 * statistics.fmean(seconds[_WARM_UP:])
+
+
+def _call_and_deciding_ms(home: Path, texts: Sequence[str]) -> tuple[float, float]:
+    with (
+        serving(home, "--route-only", metrics=True) as served,
+        RouterClient(served.address) as client,
+    ):
+        _mean_ms(client.route, texts, _WARM_UP)
+        before = served.scrape()
+        call = _mean_ms(client.route, texts, CALLS)
+        return call, 1e3 * (served.scrape()[_DECIDE] - before[_DECIDE]) / CALLS
+
+
+def _mean_ms(call: Callable[[str], object], texts: Sequence[str], calls: int) -> float:
+    began = time.perf_counter()
+    for number in range(calls):
+        call(texts[number % len(texts)])
+    return 1e3 * (time.perf_counter() - began) / calls

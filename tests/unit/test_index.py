@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from router.index import CentroidIndex
 
 WIDTH = 7
-# From 20 queries on faiss computes in blocks, from 100 results on it keeps them in another way.
+# From some queries on faiss computes in blocks, from 100 results on it keeps them in another way.
 BATCHES = [1, 3, 19, 20, 64]
 
 
@@ -83,7 +83,7 @@ def test_equal_scores_are_ordered_by_task_number(
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("rows_per_task", [1, 3])
+@pytest.mark.parametrize("rows_per_task", [1, 3, 5])  # the last: enough rows to be kept in bytes
 @pytest.mark.parametrize("k", [1, 2, 99, 100, 101, 149, 150])
 def test_many_tasks_and_many_candidates_agree_with_brute_force(
     batch: int, rows_per_task: int, k: int
