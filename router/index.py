@@ -66,6 +66,9 @@ class CentroidIndex:
         A task scores as its best row, plus its closeness. `k` must not exceed the number of tasks.
         Equal scores are ordered by task number.
         """
+        # A setting of the calling thread. Those of FAISS wait for each other spinning: beside other
+        # load, a search of 50 microseconds takes milliseconds.
+        faiss.omp_set_num_threads(1)
         if self._closeness is None:
             return self._search(queries, k)
         scores, tasks = self._search(queries, max(k, min(SHORTLIST, self._tasks)))
