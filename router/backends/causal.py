@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from router.backends.cached_prefixes import cache_of_prefixes, check_cache, prefix_of_cache
+from router.backends.chosen_logits import chosen, logits_only_at
 from router.backends.prompt_memory import ReadPrompt
 from router.backends.prompted_network import PrefixShape
 from router.backends.rows import IGNORED, Row, token_losses
@@ -99,7 +100,17 @@ class CausalLanguageModel(TorchLanguageModel):
         )
         return Started(out.logits[:, -1], out.past_key_values, mask)
 
-    def _continue(self, started: Started, ids: Tensor) -> Tensor:
+    def _continue(self, started: Started, ids: Tensor, positions: Tensor) -> Tensor:
+        with logits_only_at(self.network, positions):
+            logits, _ = self._feed(started, ids)
+        return chosen(logits, positions, ids.shape)
+
+    def _advance(self, started: Started, ids: Tensor) -> Started:
+        logits, mask = self._feed(started, ids)
+        return Started(logits[:, -1], started.cache, mask)
+
+    def _feed(self, started: Started, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits after each of the tokens `ids` `[B, T]`, and the mask with them."""
         mask = torch.cat([started.mask, started.mask.new_ones(ids.shape)], dim=1)
         out = self.network(
             input_ids=ids,
@@ -108,13 +119,7 @@ class CausalLanguageModel(TorchLanguageModel):
             use_cache=True,
             **self._positions(mask, ids.shape[1]),
         )
-        logits: Tensor = out.logits
-        return logits
-
-    def _advance(self, started: Started, ids: Tensor) -> Started:
-        logits = self._continue(started, ids)[:, -1]
-        mask = torch.cat([started.mask, started.mask.new_ones(ids.shape)], dim=1)
-        return Started(logits, started.cache, mask)
+        return out.logits, mask
 
     def negative_log_likelihood(
         self, rows: Sequence[Row], outputs: Sequence[Sequence[int]]

@@ -122,8 +122,8 @@ def padded(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> Te
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """-log p of `targets` `[B, T]` under `logits` `[B, T, V]`; 0 where a target is `IGNORED`."""
+    """-log p of `targets` `[..., T]` under `logits` `[..., T, V]`; 0 where one is `IGNORED`."""
     flat = functional.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        logits.float().flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none"
     )
     return flat.view(targets.shape)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
+from router.backends.chosen_logits import chosen, logits_only_at
 from router.backends.decoder_positions import at_positions
 from router.backends.encoder_prefixes import (
     Projections,
@@ -106,16 +107,16 @@ class Seq2SeqLanguageModel(TorchLanguageModel):
         written = torch.ones_like(first)
         return Started(out.logits[:, -1], out.past_key_values, mask, states, written)
 
-    def _continue(self, started: Started, ids: Tensor) -> Tensor:
-        out = self.network(
-            encoder_outputs=BaseModelOutput(last_hidden_state=started.encoded),
-            attention_mask=started.mask,
-            decoder_input_ids=ids,
-            past_key_values=started.cache,
-            use_cache=True,
-        )
-        logits: Tensor = out.logits
-        return logits
+    def _continue(self, started: Started, ids: Tensor, positions: Tensor) -> Tensor:
+        with logits_only_at(self.network, positions):
+            out = self.network(
+                encoder_outputs=BaseModelOutput(last_hidden_state=started.encoded),
+                attention_mask=started.mask,
+                decoder_input_ids=ids,
+                past_key_values=started.cache,
+                use_cache=True,
+            )
+        return chosen(out.logits, positions, ids.shape)
 
     def _advance(self, started: Started, ids: Tensor) -> Started:
         written = started.decoder_mask

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from router.backends.prompted_network import PromptedNetwork
-from router.backends.rows import IGNORED, Row, batches, padded, token_losses
+from router.backends.rows import Row, batches, padded, token_losses
 from router.backends.running_batch import TorchRunningBatch, mixes_lengths
 from router.backends.started import Started
 from router.backends.text_pieces import Detokenizer, RowWriter
@@ -24,6 +24,7 @@ _MAX_BATCH_POSITIONS = {"cpu": 8192, "cuda": 65_536}
 _MAX_LOGITS = 64_000_000
 # Padding that costs more than one more forward pass.
 _MAX_BATCH_PADDING = {"cpu": 1024, "cuda": 16_384}
+_MAX_OUTPUT_PADDING = {"cpu": 64, "cuda": 4096}
 
 
 class TorchLanguageModel(PromptedNetwork):
@@ -48,8 +49,11 @@ class TorchLanguageModel(PromptedNetwork):
         """Read the inputs of `rows`."""
 
     @abstractmethod
-    def _continue(self, started: Started, ids: Tensor) -> Tensor:
-        """Logits `[B, T, V]` after each of the output tokens `ids` `[B, T]` (right-padded)."""
+    def _continue(self, started: Started, ids: Tensor, positions: Tensor) -> Tensor:
+        """Logits `[N, V]` after output tokens `ids` `[B, T]` (right-padded).
+
+        Those at `positions` `[N]` of all B * T, in rising order.
+        """
 
     @abstractmethod
     def _advance(self, started: Started, ids: Tensor) -> Started:
@@ -98,8 +102,8 @@ class TorchLanguageModel(PromptedNetwork):
         """`score` for rows and outputs that are token ids already: any number, in batches."""
         scores: list[FloatArray] = [np.zeros(0, np.float32) for _ in rows]
         lengths = [len(row) for row in rows]
-        kind = "cpu" if self.device.type == "cpu" else "cuda"
-        for batch in batches(lengths, _MAX_BATCH_POSITIONS[kind], _MAX_BATCH_PADDING[kind]):
+        bounds = _MAX_BATCH_POSITIONS[self._kind], _MAX_BATCH_PADDING[self._kind]
+        for batch in batches(lengths, *bounds):
             found = self._score_batch([rows[i] for i in batch], [candidates[i] for i in batch])
             for i, values in zip(batch, found, strict=True):
                 scores[i] = values
@@ -147,21 +151,43 @@ class TorchLanguageModel(PromptedNetwork):
         if not outputs:
             return torch.zeros(0, 1, device=self.device)
         started = self._start(rows)
-        targets = padded(outputs, IGNORED, self.device)
-        repeats = torch.tensor(row_of, device=self.device)
         first = started.next_logits.float().log_softmax(-1)
-        losses = [-first[repeats, targets[:, 0]][:, None]]
-        following = targets.shape[1] - 1
-        if following:
-            # The end token is never fed: nothing is predicted after it.
-            fed = targets[:, :-1].clamp(min=0)
-            size = max(1, _MAX_LOGITS // (following * first.shape[1]))
-            parts = []
-            for chunk in torch.split(torch.arange(len(outputs), device=self.device), size):
-                logits = self._continue(started.select(repeats[chunk]), fed[chunk])
-                parts.append(token_losses(logits, targets[chunk, 1:]))
-            losses.append(torch.cat(parts))
-        return torch.cat(losses, dim=1)
+        # The end token is never fed: nothing is predicted after it.
+        following = [len(ids) - 1 for ids in outputs]
+        longest = max(following)
+        losses = first.new_zeros(len(outputs), 1 + longest)
+        losses[:, 0] = -first[self._numbers(row_of), self._numbers([ids[0] for ids in outputs])]
+        if not longest:
+            return losses
+        places, found = [], []
+        for batch in self._alike(following):
+            width = following[batch[0]]
+            steps = [(row, i, step) for row, i in enumerate(batch) for step in range(following[i])]
+            logits = self._continue(
+                started.select(self._numbers([row_of[i] for i in batch])),
+                padded([outputs[i][:-1] for i in batch], 0, self.device),
+                self._numbers([row * width + step for row, _, step in steps]),
+            )
+            targets = self._numbers([outputs[i][step + 1] for _, i, step in steps])
+            found.append(token_losses(logits, targets))
+            places += [i * (1 + longest) + 1 + step for _, i, step in steps]
+        flat = losses.flatten().scatter(0, self._numbers(places), torch.cat(found))
+        return flat.view(losses.shape)
+
+    def _alike(self, following: Sequence[int]) -> Iterator[list[int]]:
+        """Indices of what has tokens to feed, in batches of similar length, the longest first."""
+        some = [i for i, tokens in enumerate(following) if tokens]
+        most = max(1, _MAX_LOGITS // self.vocabulary_size)
+        padding = _MAX_OUTPUT_PADDING[self._kind]
+        for batch in batches([following[i] for i in some], most, padding):
+            yield [some[place] for place in batch]
+
+    def _numbers(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, device=self.device)
+
+    @property
+    def _kind(self) -> str:
+        return "cpu" if self.device.type == "cpu" else "cuda"
 
     # ---- generation
 
