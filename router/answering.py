@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 
 from router.batching import BatchLimits, MicroBatcher, about_tokens
 from router.generation_queue import GenerationQueue
@@ -21,7 +22,7 @@ from router.interfaces import (
 )
 from router.label_classifier import ClassifierInput, read_evidence
 from router.observing import UNOBSERVED
-from router.turns import Turns
+from router.turns import ModelThread
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,21 +69,21 @@ class Answerer:
         model: LanguageModel,
         limits: BatchLimits,
         observer: Observer = UNOBSERVED,
-        turns: Turns | None = None,
+        model_thread: ModelThread | None = None,
         encoder: PromptedEncoder | None = None,
     ) -> None:
-        """`limits` hold for labels and for free text, each; `turns` are shared by users of `model`.
+        """`limits` hold for labels and for free text, each; `model_thread` is that of `model`.
 
         `encoder` reads texts under the encoder prompts of label classifiers.
         `observer` is told of the queues `scoring` and `generating`.
         """
         self.model = model
         self._encoder = encoder
-        self._turns = turns or Turns()
+        self._model_thread = model_thread or ModelThread()
         self._scoring = MicroBatcher(
             self._choose, _count_tokens, limits, name="scoring", observer=observer
         )
-        self._generating = GenerationQueue(model, limits, self._turns, observer)
+        self._generating = GenerationQueue(model, limits, self._model_thread, observer)
 
     @property
     def queued(self) -> dict[str, int]:
@@ -118,8 +119,9 @@ class Answerer:
 
     def _choose(self, questions: Sequence[Question]) -> list[Generation]:
         """In the worker thread: the most probable output of each question."""
-        with self._turns:
-            chosen_labels = choose_labels(self.model, self._encoder, questions)
+        chosen_labels = self._model_thread.run(
+            partial(choose_labels, self.model, self._encoder, questions)
+        )
         answers = []
         for question, (chosen, scores) in zip(questions, chosen_labels, strict=True):
             answers.append(

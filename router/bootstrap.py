@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,7 @@ from router.observing import UNOBSERVED
 from router.routing import Router
 from router.settings import DEFAULT_ENCODER, FAST_ENCODER, ServerSettings
 from router.tenants import tenant_home
-from router.turns import Turns, TurnTakingEncoder
+from router.turns import ModelThread, TurnTakingEncoder
 
 if TYPE_CHECKING:
     from router.cascade import FastModel
@@ -91,6 +92,9 @@ def load_base_model(
     """
     if name is None:
         return None
+    # Threads that wait for the next product do it spinning: by default for a millisecond and more,
+    # in which the encoder and the event loop go short of a processor.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     with _no_garbage_collection():
         from router.backends.language_model import load_language_model
 
@@ -117,14 +121,14 @@ def _no_garbage_collection() -> Iterator[None]:
 class Models:
     """The models of a process, and what they demand of a catalog.
 
-    Whoever answers with the base model takes `turns`. `prompted_encoder` is `encoder` itself where
-    that can read encoder prompts.
+    All work with the base model is done in `model_thread`. `prompted_encoder` is `encoder` itself
+    where that can read encoder prompts.
     """
 
     encoder: Encoder
     base_model: LanguageModel | None
     served: ServedModels
-    turns: Turns = field(default_factory=Turns)
+    model_thread: ModelThread = field(default_factory=ModelThread)
     prompted_encoder: PromptedEncoder | None = None
 
 
@@ -257,7 +261,7 @@ def router_over(
                 models.base_model,
                 settings.answer_batches,
                 observer,
-                models.turns,
+                models.model_thread,
                 models.prompted_encoder,
             )
             closing.callback(answerer.close)

@@ -20,7 +20,7 @@ from router.errors import OverloadedError
 from router.interfaces import Generation, LanguageModel, Observer, PromptedInput, RunningBatch
 from router.observing import UNOBSERVED
 from router.pace import Pace
-from router.turns import Turns
+from router.turns import ModelThread
 
 # How long the running batch takes steps before others may use the model: less than a batch of
 # scores takes, and several steps, so that neither makes the other stand still.
@@ -57,17 +57,17 @@ class GenerationQueue:
         self,
         model: LanguageModel,
         limits: BatchLimits,
-        turns: Turns,
+        model_thread: ModelThread,
         observer: Observer = UNOBSERVED,
     ) -> None:
-        """`turns` are shared by all who use the model.
+        """`model_thread` is that of the model, for all who use it.
 
         `observer` is told the stages `generating_wait` (a row), `generating_read` (the inputs that
         join between two steps) and `generating_step`, and the rows of every step.
         """
         self._model = model
         self._limits = limits
-        self._turns = turns
+        self._model_thread = model_thread
         self._observer = observer
         self._pace = Pace(_NAME, limits.queue_items, limits.queue_seconds)
         self._unfinished = 0
@@ -138,17 +138,20 @@ class GenerationQueue:
 
     def _work(self) -> None:
         while self._wait_for_rows():
-            with self._turns:
-                until = time.perf_counter() + _TURN_SECONDS
-                while time.perf_counter() < until and not self._closing:
-                    self._drop_those_who_left()
-                    self._admit()
-                    if not self._rows:
-                        break
-                    self._step()
+            self._model_thread.run(self._take_turn)
         with self._changed:
             left = [*self._rows.values(), *self._waiting]
         self._tell([(row, _closed()) for row in left])
+
+    def _take_turn(self) -> None:
+        """Read and write for a while, as others may be waiting for the model."""
+        until = time.perf_counter() + _TURN_SECONDS
+        while time.perf_counter() < until and not self._closing:
+            self._drop_those_who_left()
+            self._admit()
+            if not self._rows:
+                break
+            self._step()
 
     def _wait_for_rows(self) -> bool:
         """Until there is something to do; False where the queue is closed."""

@@ -28,7 +28,7 @@ ROUTING_BATCHES = BatchLimits(
 FAST_ROUTING_BATCHES = BatchLimits(
     queue_items=8192, batch_items=256, batch_tokens=65_536, queue_seconds=2.0
 )
-ANSWER_BATCHES = BatchLimits(queue_items=128, batch_items=16, batch_tokens=4096, queue_seconds=30.0)
+ANSWER_BATCHES = BatchLimits(queue_items=128, batch_items=32, batch_tokens=4096, queue_seconds=30.0)
 
 _LAST_PORT = 65535
 # HOST:PORT, where an IPv6 host stands in brackets.

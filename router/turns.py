@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
+from typing import TypeVar
 
 from router.interfaces import Embeddings, Encoder
+
+Result = TypeVar("Result")
 
 
 class Turns:
@@ -43,6 +47,21 @@ class Turns:
                 self._waiting.popleft().set()  # it stays taken
             else:
                 self._taken = False
+
+
+class ModelThread:
+    """A thread that does all work with a model, in the order in which it came.
+
+    The threads among which torch shares out a product belong to the thread that asks for it. Were
+    there several of these, theirs would get in each other's way: an answer takes a third longer.
+    """
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="base-model")
+
+    def run(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns, or raises."""
+        return self._executor.submit(work).result()
 
 
 class TurnTakingEncoder:

@@ -151,3 +151,11 @@ def wait_until(true: Callable[[], bool]) -> None:
 def health(serving: Serving, service: str) -> int:
     stub = health_pb2_grpc.HealthStub(serving.channel)
     return int(stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=TIMEOUT).status)
+
+
+def until(holds: Callable[[], bool], seconds: float = 20) -> None:
+    """Wait until that holds, for so long at most."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.02)

@@ -20,6 +20,15 @@ def cpu_multiplies_bfloat16() -> bool:
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
+def avoid_slow_attention(network: PreTrainedModel) -> None:
+    """Let a CPU compute attention in bfloat16 by plain matrix products.
+
+    Torch's fused kernel is slow there, above all its gradient.
+    """
+    if network.device.type == "cpu" and network.dtype == torch.bfloat16:
+        network.set_attn_implementation("eager")
+
+
 def end_ids(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The tokens that end an answer.
 

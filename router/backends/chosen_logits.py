@@ -21,7 +21,7 @@ def logits_only_at(network: PreTrainedModel, positions: Tensor) -> Iterator[None
     A network that makes them in a way of its own gives all of them; `chosen` takes both. Belongs to
     one thread at a time.
     """
-    projection = network.get_output_embeddings()
+    projection = network.get_output_embeddings()  # type: ignore[no-untyped-call]
     if not isinstance(projection, nn.Module):
         yield
         return
@@ -37,7 +37,7 @@ def logits_only_at(network: PreTrainedModel, positions: Tensor) -> Iterator[None
         handle.remove()
 
 
-def chosen(logits: Tensor, positions: Tensor, shape: tuple[int, int]) -> Tensor:
+def chosen(logits: Tensor, positions: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Logits `[N, V]` at `positions`, from what a network gave for a batch of `shape` (B, T)."""
     if logits.shape[:2] == (1, len(positions)) != shape:
         return logits[0]

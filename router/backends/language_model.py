@@ -18,6 +18,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from router.backends.causal import CausalLanguageModel
+from router.backends.checkpoint import avoid_slow_attention, cpu_multiplies_bfloat16
 from router.backends.seq2seq import Seq2SeqLanguageModel
 from router.backends.torch_model import TorchLanguageModel
 from router.errors import IncompatibleModelError, InvalidInputError
@@ -49,10 +50,11 @@ def load_language_model(
 ) -> TorchLanguageModel:
     """The base model in a folder, or of that name on the Hugging Face hub (downloaded once).
 
-    `device` is `auto` (a GPU if there is one), `cpu`, `cuda`, ...; `precision` `auto` is float32 on
-    a CPU, whatever the file holds, and bfloat16 on a GPU. `threads` sets torch's threads for the
-    whole process; None leaves them. On a GPU cuDNN's attention is switched off, also for the whole
-    process. Only safetensors are read: other formats can run code.
+    `device` is `auto` (a GPU if there is one), `cpu`, `cuda`, ...; `precision` `auto` is bfloat16
+    where the processor multiplies that itself, as GPUs and some CPUs do, and float32 elsewhere,
+    whatever the file holds. `threads` sets torch's threads for the whole process; None leaves them.
+    On a GPU cuDNN's attention is switched off, also for the whole process. Only safetensors are
+    read: other formats can run code.
 
     Raises:
         InvalidInputError: no such folder or hub name, or no files that can be read.
@@ -94,8 +96,10 @@ def load_language_model(
             "give a model with its language-model head, saved with save_pretrained",
         )
     kind = Seq2SeqLanguageModel if config.is_encoder_decoder else CausalLanguageModel
+    network = network.to(target)
+    avoid_slow_attention(network)
     return kind(
-        network.to(target),
+        network,
         tokenizer,
         name=Path(name_or_folder).name,
         fingerprint=fingerprint(folder),
@@ -152,5 +156,6 @@ def _device(device: str) -> torch.device:
 
 def _dtype(precision: Precision, device: torch.device) -> torch.dtype:
     if precision == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
+        slow = device.type == "cpu" and not cpu_multiplies_bfloat16()
+        return torch.float32 if slow else torch.bfloat16
     return torch.float32 if precision == "float32" else torch.bfloat16

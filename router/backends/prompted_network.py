@@ -19,7 +19,12 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from router.backends.checkpoint import cpu_multiplies_bfloat16, end_ids, window
+from router.backends.checkpoint import (
+    avoid_slow_attention,
+    cpu_multiplies_bfloat16,
+    end_ids,
+    window,
+)
 from router.backends.prompt_memory import PromptMemory, ReadPrompt
 from router.backends.rows import Row, TextTokens, lay_out
 from router.errors import IncompatibleModelError, InvalidInputError
@@ -176,8 +181,7 @@ class PromptedNetwork(ABC):
         """The model to compute gradients with, in `float32` or `bfloat16`; this one if it is that.
 
         `auto` is bfloat16 where a CPU multiplies it itself, where a step then takes about half the
-        time of float32; the attention is then plain matrix products, for which torch's fused kernel
-        is slow. Elsewhere it is this model as it was loaded.
+        time of float32. Elsewhere it is this model as it was loaded.
         """
         if precision == "auto":
             faster = self.device.type == "cpu" and cpu_multiplies_bfloat16()
@@ -187,8 +191,7 @@ class PromptedNetwork(ABC):
         if dtype == self.embedding.dtype:
             return self
         network = copy.deepcopy(self.network).to(dtype)
-        if self.device.type == "cpu" and dtype == torch.bfloat16:
-            network.set_attn_implementation("eager")
+        avoid_slow_attention(network)
         return type(self)(network, self.tokenizer, name=self.name, fingerprint=self.fingerprint)
 
     def tokenize_inputs(

@@ -31,7 +31,7 @@ class PromptedHome:
 def make_prompted_home(folder: Path, kind: str = "bart") -> PromptedHome:
     """Register `TASKS` with two tuning steps each."""
     base_folder = save_small_model(kind, folder / kind)
-    base = load_language_model(base_folder, device="cpu", threads=1)
+    base = load_language_model(base_folder, device="cpu", precision="float32", threads=1)
     records = {}
     with new_workshop(folder / "home") as workshop:
         for name, method in TASKS.items():

@@ -40,7 +40,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(params=KINDS)
 def model(request: pytest.FixtureRequest, folders: dict[str, Path]) -> TorchLanguageModel:
-    return load_language_model(folders[request.param], device="cpu", threads=1)
+    return load_language_model(folders[request.param], device="cpu", precision="float32", threads=1)
 
 
 def promptyard(*arguments: object) -> Result:
@@ -70,7 +70,9 @@ def test_a_method_that_is_not_allowed_is_named_and_not_tried(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = save_small_model("llama", tmp_path / "sliding")
-    vocabulary = load_language_model(folders["llama"], device="cpu").vocabulary_size
+    vocabulary = load_language_model(
+        folders["llama"], device="cpu", precision="float32"
+    ).vocabulary_size
     config = MistralConfig(
         vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, sliding_window=48, pad_token_id=0,
@@ -98,7 +100,7 @@ def test_an_encoder_and_a_decoder_put_together_work_too(
     config.decoder_start_token_id, config.eos_token_id, config.pad_token_id = 1, 2, 0
     torch.manual_seed(7)
     EncoderDecoderModel(config).save_pretrained(folder)
-    model = load_language_model(folder, device="cpu", threads=1)
+    model = load_language_model(folder, device="cpu", precision="float32", threads=1)
     assert describe(model).methods["prefix"] == 4 * 2 * 2 * 32
     assert [each for each in check(model) if not each.works] == []
 
@@ -123,7 +125,7 @@ def test_a_batch_that_changes_answers_is_caught(folders: dict[str, Path]) -> Non
             states, mask = super()._encode(rows)
             return states + len(rows), mask
 
-    model = load_language_model(folders["bart"], device="cpu")
+    model = load_language_model(folders["bart"], device="cpu", precision="float32")
     leaking = Leaking(model.network, model.tokenizer, name="leaking", fingerprint="leaking")
     [failed] = [each for each in check(leaking) if not each.works]
     assert failed.what == "mixes them in a batch"

@@ -31,7 +31,7 @@ from trainer.tuning_settings import TuningJob, TuningSettings
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> TorchLanguageModel:
     folder = save_small_model("bart", tmp_path_factory.mktemp("bart"))
-    return load_language_model(folder, device="cpu", threads=1)
+    return load_language_model(folder, device="cpu", precision="float32", threads=1)
 
 
 def job(name: str, labels: tuple[str, ...] | None = ("no", "yes")) -> TuningJob:

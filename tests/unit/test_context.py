@@ -72,7 +72,9 @@ def test_a_template_that_cannot_be_filled_is_refused(template: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_short_window_costs_passages_and_never_the_text(kind: str, tmp_path: Path) -> None:
-    model = load_language_model(save_small_model(kind, tmp_path / kind), device="cpu", threads=1)
+    model = load_language_model(
+        save_small_model(kind, tmp_path / kind), device="cpu", precision="float32", threads=1
+    )
     passages = ["the quick brown fox jumps over the lazy dog " * 9]
     question = "is it a good film"
     for template in (TEMPLATE, ""):
@@ -142,7 +144,9 @@ def test_bad_context_is_refused_with_its_row(tmp_path: Path, context: object, me
 
 
 def test_a_task_is_tuned_and_stored_with_its_template(tmp_path: Path) -> None:
-    base = load_language_model(save_small_model("bart", tmp_path / "bart"), device="cpu", threads=1)
+    base = load_language_model(
+        save_small_model("bart", tmp_path / "bart"), device="cpu", precision="float32", threads=1
+    )
     data = write(
         tmp_path / "rows.jsonl",
         *(

@@ -12,7 +12,7 @@ from router.batching import BatchLimits
 from router.errors import OverloadedError
 from router.generation_queue import GenerationQueue
 from router.interfaces import Generation, PromptedInput
-from router.turns import Turns
+from router.turns import ModelThread
 from tests.fakes import FakeLanguageModel, FakeRunningBatch
 
 LIMITS = BatchLimits(queue_items=8, batch_items=3, batch_tokens=4096)
@@ -29,8 +29,8 @@ def model() -> FakeLanguageModel:
 def queues(model: FakeLanguageModel) -> Iterator[Make]:
     made: list[GenerationQueue] = []
 
-    def make(limits: BatchLimits = LIMITS, turns: Turns | None = None) -> GenerationQueue:
-        made.append(GenerationQueue(model, limits, turns or Turns()))
+    def make(limits: BatchLimits = LIMITS, thread: ModelThread | None = None) -> GenerationQueue:
+        made.append(GenerationQueue(model, limits, thread or ModelThread()))
         return made[-1]
 
     yield make
@@ -237,19 +237,15 @@ class Clock:
 async def test_others_get_their_turn_while_rows_are_written(
     queues: Make, model: FakeLanguageModel
 ) -> None:
-    turns = Turns()
-    queue = queues(turns=turns)
+    model_thread = ModelThread()
+    queue = queues(thread=model_thread)
     taken = threading.Event()
-
-    def take() -> None:
-        with turns:
-            taken.set()
 
     model.slow = True
     call = Call(queue, "words " * 50, 50)
     model.steps.release()
     await until(lambda: call.pieces)
-    other = threading.Thread(target=take)
+    other = threading.Thread(target=model_thread.run, args=[taken.set])
     other.start()
     while not taken.is_set():
         model.steps.release()

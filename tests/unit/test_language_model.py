@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from router.backends import language_model
 from router.backends.language_model import load_language_model
 from router.backends.rows import Row, batches
 from router.backends.text_pieces import Detokenizer
@@ -54,7 +55,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module", params=KINDS)
 def model(request: pytest.FixtureRequest, folders: dict[str, Path]) -> TorchLanguageModel:
-    return load_language_model(folders[request.param], device="cpu", threads=1)
+    return load_language_model(folders[request.param], device="cpu", precision="float32", threads=1)
 
 
 def prompt(model: TorchLanguageModel, length: int, seed: int) -> FloatArray:
@@ -277,7 +278,7 @@ def test_using_a_model_leaves_its_weights_alone(model: TorchLanguageModel) -> No
 
 
 def test_a_piece_never_splits_a_character(folders: dict[str, Path]) -> None:
-    model = load_language_model(folders["gpt2"], device="cpu")
+    model = load_language_model(folders["gpt2"], device="cpu", precision="float32")
     text = "🙂 žluťoučký 文字 naïve 日本"
     ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
     assert len(ids) > len(text)  # some characters take several tokens
@@ -289,7 +290,7 @@ def test_a_piece_never_splits_a_character(folders: dict[str, Path]) -> None:
 
 
 def test_a_word_is_held_back_while_it_can_still_be_rejoined(folders: dict[str, Path]) -> None:
-    model = load_language_model(folders["bart"], device="cpu")
+    model = load_language_model(folders["bart"], device="cpu", precision="float32")
     ids = model.tokenizer("isn't it a good start?", add_special_tokens=False)["input_ids"]
     detokenizer = Detokenizer(model.tokenizer)
     settled = [detokenizer.settled(ids[:n]) for n in range(len(ids) + 1)]
@@ -309,49 +310,74 @@ def test_batches_hold_every_row_once_within_the_limit() -> None:
 def test_the_fingerprint_follows_weights_and_tokenizer_only(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    original = load_language_model(folders["bart"], device="cpu")
+    original = load_language_model(folders["bart"], device="cpu", precision="float32")
     copied = tmp_path / "copied"
     shutil.copytree(folders["bart"], copied)
     config = json.loads((copied / "config.json").read_text())
     (copied / "config.json").write_text(json.dumps(config | {"transformers_version": "9.9"}))
-    assert load_language_model(copied, device="cpu").fingerprint == original.fingerprint
+    assert (
+        load_language_model(copied, device="cpu", precision="float32").fingerprint
+        == original.fingerprint
+    )
 
     weights = load_file(copied / "model.safetensors")
     name = min(weights)
     save_file(
         weights | {name: weights[name] + 1e-3}, copied / "model.safetensors", {"format": "pt"}
     )
-    changed = load_language_model(copied, device="cpu").fingerprint
+    changed = load_language_model(copied, device="cpu", precision="float32").fingerprint
     assert changed != original.fingerprint
 
     settings = json.loads((copied / "tokenizer_config.json").read_text())
     (copied / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 32}))
-    assert load_language_model(copied, device="cpu").fingerprint != changed
+    assert load_language_model(copied, device="cpu", precision="float32").fingerprint != changed
 
 
-def test_a_half_precision_file_is_computed_in_float32_on_a_cpu(
-    folders: dict[str, Path], tmp_path: Path
+@pytest.mark.parametrize(("multiplies", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_the_processor_decides_what_a_half_precision_file_is_computed_in(
+    folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    multiplies: bool,
+    dtype: torch.dtype,
 ) -> None:
+    monkeypatch.setattr(language_model, "cpu_multiplies_bfloat16", lambda: multiplies)
     halved = tmp_path / "halved"
     shutil.copytree(folders["bart"], halved)
     weights = {k: v.half() for k, v in load_file(halved / "model.safetensors").items()}
     save_file(weights, halved / "model.safetensors", {"format": "pt"})
     model = load_language_model(halved, device="cpu")
-    assert {weights.dtype for weights in model.network.parameters()} == {torch.float32}
+    assert {weights.dtype for weights in model.network.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_in_bfloat16_are_close_to_those_in_float32(
+    folders: dict[str, Path], kind: str
+) -> None:
+    exact, rounded = (
+        load_language_model(folders[kind], device="cpu", precision=precision, threads=1)
+        for precision in ("float32", "bfloat16")
+    )
+    rows = mixed_batch(exact)
+    for expected, found in zip(exact.score(rows, LABELS), rounded.score(rows, LABELS), strict=True):
+        np.testing.assert_allclose(
+            found.log_probabilities, expected.log_probabilities, rtol=0.15, atol=0.2
+        )
 
 
 def test_a_folder_without_weights_or_a_head_is_refused(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     with pytest.raises(InvalidInputError, match=r"config\.json"):
-        load_language_model(tmp_path, device="cpu")
+        load_language_model(tmp_path, device="cpu", precision="float32")
     headless = tmp_path / "headless"
     shutil.copytree(folders["gpt2"], headless)
     weights = load_file(headless / "model.safetensors")
     weights.pop(next(name for name in weights if "mlp" in name))
     save_file(weights, headless / "model.safetensors", {"format": "pt"})
     with pytest.raises(IncompatibleModelError, match="lacks the weights"):
-        load_language_model(headless, device="cpu")
+        load_language_model(headless, device="cpu", precision="float32")
 
 
 def test_an_unknown_device_is_refused(folders: dict[str, Path]) -> None:
@@ -361,7 +387,7 @@ def test_an_unknown_device_is_refused(folders: dict[str, Path]) -> None:
 
 @pytest.fixture(scope="module")
 def embedded() -> TorchLanguageModel:
-    return load_language_model(EMBEDDED_BASE, device="cpu", threads=1)
+    return load_language_model(EMBEDDED_BASE, device="cpu", precision="float32", threads=1)
 
 
 def test_the_embedded_base_model_loads_whole_and_tied(embedded: TorchLanguageModel) -> None:

@@ -61,7 +61,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def models(folders: dict[str, Path]) -> dict[str, TorchLanguageModel]:
     return {
-        kind: load_language_model(folder, device="cpu", threads=1)
+        kind: load_language_model(folder, device="cpu", precision="float32", threads=1)
         for kind, folder in folders.items()
     }
 

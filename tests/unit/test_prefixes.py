@@ -34,7 +34,9 @@ LABELS = ("positive", "urgent", "news sport")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TorchLanguageModel]:
     root = tmp_path_factory.mktemp("models")
     models = {
-        kind: load_language_model(save_small_model(kind, root / kind), device="cpu", threads=1)
+        kind: load_language_model(
+            save_small_model(kind, root / kind), device="cpu", precision="float32", threads=1
+        )
         for kind in KINDS
     }
     # Padding changes the order of sums, which a random T5 makes much of in float32.
@@ -201,7 +203,7 @@ def test_a_model_with_sliding_windows_takes_prompts_only(
     )
     folder = save_small_model("llama", tmp_path / "sliding")
     MistralForCausalLM(config).save_pretrained(folder)
-    sliding = load_language_model(folder, device="cpu")
+    sliding = load_language_model(folder, device="cpu", precision="float32")
     prompt = PromptedInput("fox", learned(sliding, "prompt", 3, 1))
     assert len(sliding.score([prompt], [LABELS])[0].log_probabilities) == len(LABELS)
     with pytest.raises(IncompatibleModelError, match="sliding windows"):

@@ -24,7 +24,9 @@ LABELS = ["positive", "urgent", "news sport"]
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TorchLanguageModel]:
     root: Path = tmp_path_factory.mktemp("models")
     return {
-        kind: load_language_model(save_small_model(kind, root / kind), device="cpu", threads=1)
+        kind: load_language_model(
+            save_small_model(kind, root / kind), device="cpu", precision="float32", threads=1
+        )
         for kind in KINDS
     }
 

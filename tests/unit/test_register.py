@@ -338,7 +338,9 @@ def test_data_that_no_prompt_can_be_tuned_on_is_refused(
 def test_a_prefix_is_stored_with_its_method_and_served_as_it_was_tuned(
     workshop: Workshop, tmp_path: Path
 ) -> None:
-    base = load_language_model(save_small_model("bart", tmp_path / "bart"), device="cpu", threads=1)
+    base = load_language_model(
+        save_small_model("bart", tmp_path / "bart"), device="cpu", precision="float32", threads=1
+    )
     request = RegisterTask(
         "weather", rows_at(tmp_path, "weather", 20), instruction="is it good", force="a test"
     )
@@ -449,7 +451,9 @@ def test_a_task_without_instruction_and_description_is_told_by_the_words_of_its_
     workshop: Workshop, tmp_path: Path
 ) -> None:
     """Free text has no labels either that a prompt could start from, or a baseline be made of."""
-    base = load_language_model(save_small_model("bart", tmp_path / "bart"), device="cpu", threads=1)
+    base = load_language_model(
+        save_small_model("bart", tmp_path / "bart"), device="cpu", precision="float32", threads=1
+    )
     request = RegisterTask(
         "travel-is_good.place",
         rows_at(tmp_path, "weather", 20),

@@ -48,7 +48,9 @@ def any_model(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> TorchLanguageModel:
     folder = tmp_path_factory.mktemp("models") / request.param
-    return load_language_model(save_small_model(request.param, folder), device="cpu", threads=1)
+    return load_language_model(
+        save_small_model(request.param, folder), device="cpu", precision="float32", threads=1
+    )
 
 
 def write(path: Path, *rows: dict[str, object]) -> Path:
@@ -105,7 +107,7 @@ def test_tuning_makes_probable_rejected_outputs_less_probable_and_desired_ones_m
     tmp_path: Path,
 ) -> None:
     folder = save_small_model("bart", tmp_path / "bart")
-    model = load_language_model(folder, device="cpu", threads=1)
+    model = load_language_model(folder, device="cpu", precision="float32", threads=1)
     bad_rows = tuple((text, "bad") for text, _ in ROWS)
     habit = replace(JOB, train=bad_rows, validation=bad_rows[10:], rejected=())
     bad = tune(model, [replace(habit, validation_rejected=())], replace(SETTINGS, steps=120))
@@ -193,7 +195,7 @@ def test_register_records_and_prints_the_change_of_both_probabilities(tmp_path: 
             for n, text in enumerate(texts_of("weather", 16))
         ),
     )
-    base = load_language_model(folder, device="cpu", threads=1)
+    base = load_language_model(folder, device="cpu", precision="float32", threads=1)
     settings = TuningSettings(length=4, steps=2, validations=1)
     request = RegisterTask("weather", data, instruction="good", force="a test")
     with new_workshop(tmp_path / "home") as workshop:

@@ -34,7 +34,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TorchLanguageM
     torch.manual_seed(7)
     MistralForCausalLM(
         MistralConfig(
-            vocab_size=load_language_model(folders["llama"], device="cpu").vocabulary_size,
+            vocab_size=load_language_model(
+                folders["llama"], device="cpu", precision="float32"
+            ).vocabulary_size,
             hidden_size=32,
             intermediate_size=64,
             num_hidden_layers=2,
@@ -49,7 +51,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TorchLanguageM
         )
     ).save_pretrained(folders[SLIDING])
     models = {
-        kind: load_language_model(folder, device="cpu", threads=1)
+        kind: load_language_model(folder, device="cpu", precision="float32", threads=1)
         for kind, folder in folders.items()
     }
     # Padding changes the order of sums, which random weights make much of in float32.

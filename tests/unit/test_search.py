@@ -35,7 +35,7 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(base_folder: Path) -> TorchLanguageModel:
-    return load_language_model(base_folder, device="cpu", threads=1)
+    return load_language_model(base_folder, device="cpu", precision="float32", threads=1)
 
 
 def job(name: str) -> TuningJob:

@@ -33,12 +33,12 @@ from router.rejection import OnUnknown, RejectionPolicy
 from router.server import CATALOG_HEALTH, RouterServer
 from router.settings import ServerSettings
 from router.tenants import tenant_home
-from router.turns import Turns
 from router.v1 import decision_pb2
 from router.v1 import router_service_pb2 as messages
 from router.v1 import task_service_pb2 as task_messages
 from router.v1.router_service_pb2_grpc import RouterServiceStub
 from router.v1.task_service_pb2_grpc import TaskServiceStub
+from tests.calls import until
 from tests.catalogs import (
     BASE_MODEL,
     PlaceEncoder,
@@ -156,13 +156,6 @@ def home(tmp_path: Path) -> Path:
     register(tmp_path, "red", "red-secret")
     register(tmp_path, "blue", "blue-secret")
     return tmp_path
-
-
-def until(holds: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def tasks_of(served: Served, tenant: str) -> list[str]:
@@ -423,28 +416,6 @@ def test_the_overload_of_a_tenant_is_refused_to_that_tenant(home: Path) -> None:
         assert str(decision.task) == f"{SHARED}@1"  # type: ignore[attr-defined]
         for thread in waiting:
             thread.join(20)
-
-
-def test_turns_are_taken_in_the_order_of_asking() -> None:
-    turns, taken = Turns(), []
-
-    def take(number: int) -> None:
-        with turns:
-            taken.append(number)
-
-    threads = [threading.Thread(target=take, args=(number,)) for number in range(6)]
-    with turns:
-        for number, thread in enumerate(threads):
-            thread.start()
-            until(lambda number=number: len(turns._waiting) == number + 1)  # type: ignore[misc]
-        assert taken == []
-    for thread in threads:
-        thread.join(10)
-    assert taken == list(range(6))
-    with pytest.raises(ZeroDivisionError), turns:
-        raise ZeroDivisionError
-    with turns:
-        pass
 
 
 # ---- tenants come, go and break

@@ -33,7 +33,7 @@ QUICK = {"steps": 3, "validations": 1, "length": 4}
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> TorchLanguageModel:
     folder = save_small_model("bart", tmp_path_factory.mktemp("base") / "bart")
-    return load_language_model(folder, device="cpu", threads=1)
+    return load_language_model(folder, device="cpu", precision="float32", threads=1)
 
 
 @pytest.fixture

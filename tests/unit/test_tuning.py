@@ -81,12 +81,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module", params=KINDS)
 def any_model(request: pytest.FixtureRequest, folders: dict[str, Path]) -> TorchLanguageModel:
-    return load_language_model(folders[request.param], device="cpu", threads=1)
+    return load_language_model(folders[request.param], device="cpu", precision="float32", threads=1)
 
 
 @pytest.fixture(scope="module")
 def model(folders: dict[str, Path]) -> TorchLanguageModel:
-    return load_language_model(folders["bart"], device="cpu", threads=1)
+    return load_language_model(folders["bart"], device="cpu", precision="float32", threads=1)
 
 
 def tuned(
@@ -472,7 +472,7 @@ def test_the_embedded_base_model_learns_a_shipped_example_task() -> None:
     pairs = [(row["input"], row["output"]) for row in rows]
     labels = tuple(sorted({output for _, output in pairs}))
     job = TuningJob("news", "What is the topic?", labels, pairs[:60], pairs[60:])
-    base = load_language_model(EMBEDDED_BASE, device="cpu", threads=1)
+    base = load_language_model(EMBEDDED_BASE, device="cpu", precision="float32", threads=1)
     settings = TuningSettings(steps=16, validations=2)
     scores = tuned(base, [job], settings)["news"].scores
     assert scores["prompt"] >= 0.7
