@@ -156,6 +156,8 @@ class Closeness:
 
     def __init__(self, examples: Examples, weight: float) -> None:
         self._of_task = np.split(examples.rows(), examples.starts[1:-1])
+        sizes = np.diff(examples.starts)
+        self._fewest, self._most = int(sizes.min()), int(sizes.max())
         self._whitening = examples.whitening
         self.center = examples.center
         self.weight = np.float32(weight)
@@ -184,6 +186,9 @@ class Closeness:
             return nearest.reshape(tasks.shape)
         queries = np.ones((len(centered), centered.shape[1] + 1), np.float32)
         queries[:, :-1] = whitened(centered, self._whitening)
+        alone = len(queries) == 1 and without_fold is None and stored is None
+        if alone and self._fewest >= NEIGHBOURS:
+            return self._of_one(queries[0], tasks[0])[None]
         by_task = np.argsort(tasks, axis=None, kind="stable")
         numbers = tasks.ravel()[by_task]
         begins = np.flatnonzero(np.diff(numbers, prepend=-1)).tolist()
@@ -207,6 +212,14 @@ class Closeness:
                 usable[among] -= 1
             nearest[places] = _mean_of_nearest(products, np.minimum(usable, NEIGHBOURS))
         return nearest.reshape(tasks.shape) * self.weight
+
+    def _of_one(self, query: FloatArray, tasks: NDArray[np.int64]) -> FloatArray:
+        """Closeness `[S]` of one query `[D + 1]`: a lone call waits for each step of this."""
+        products = np.full((len(tasks), self._most), _LEAST_CLOSENESS)
+        for row, number in zip(products, tasks.tolist(), strict=True):
+            examples = self._of_task[number]
+            np.matmul(examples, query, out=row[: len(examples)])
+        return _mean_of_highest(products, NEIGHBOURS) * self.weight
 
     def add_to_best(
         self, scores: FloatArray, tasks: NDArray[np.int64], centered: FloatArray

@@ -78,6 +78,22 @@ def test_closeness_is_the_mean_cosine_to_the_five_nearest_less_two_fifths_of_the
             assert found == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.parametrize("fewest", [1, 4, 5, 12])
+def test_a_lone_input_is_as_close_as_it_is_among_others(fewest: int) -> None:
+    rng = np.random.default_rng(fewest)
+    sizes = [fewest, 9, 20, 5]
+    tasks = [
+        random_task(f"t{n}", rng, rows=size, dimension=DIMENSION) for n, size in enumerate(sizes)
+    ]
+    examples = sample_examples(tasks, ORIGIN, PLAIN)
+    assert examples is not None
+    closeness = Closeness(examples, weight=2.0)
+    points = random_task("points", rng, rows=7, dimension=DIMENSION, spread=3.0).vectors
+    wanted = np.array([rng.permutation(4)[:3] for _ in points])
+    alone = [closeness.of(points[i : i + 1], wanted[i : i + 1]) for i in range(len(points))]
+    np.testing.assert_allclose(np.concatenate(alone), closeness.of(points, wanted), atol=1e-5)
+
+
 def test_rows_that_were_made_on_the_way_are_those_of_the_stored_vectors() -> None:
     rng = np.random.default_rng(3)
     examples = sample_examples(tasks_of(rng, 7), rng.normal(size=8).astype(np.float32), PLAIN)
