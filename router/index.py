@@ -123,6 +123,8 @@ def _best_first(
     scores: FloatArray, tasks: NDArray[np.int64]
 ) -> tuple[FloatArray, NDArray[np.int64]]:
     """Hits `[B, N]` in the order of their scores; equal ones in that of their task numbers."""
+    if (scores[:, 1:] < scores[:, :-1]).all():  # as FAISS gives them, but for equal ones
+        return scores, tasks
     order = np.lexsort((tasks, -scores))
     rows = np.arange(len(scores))[:, None]
     return scores[rows, order], tasks[rows, order]
@@ -132,6 +134,9 @@ def _best_per_task(
     scores: FloatArray, tasks: NDArray[np.int64], k: int
 ) -> tuple[FloatArray, NDArray[np.int64]]:
     """Keep each task's first (best) hit: `[B, N]` hits, best first -> `[B, k]`."""
+    if len(tasks) == 1:
+        places = _first_places(tasks[0].tolist(), k)
+        return scores[:, places], tasks[:, places]
     hits = tasks.shape[1]
     if hits > _MOST_COMPARED_HITS:
         firsts = np.array([_firsts(row) for row in tasks], np.bool_).reshape(tasks.shape)
@@ -140,6 +145,17 @@ def _best_per_task(
         firsts = ~repeated.any(2)
     kept = np.argsort(~firsts, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(scores, kept, 1), np.take_along_axis(tasks, kept, 1)
+
+
+def _first_places(tasks: list[int], k: int) -> list[int]:
+    """Where the first `k` different tasks are met first."""
+    place_of: dict[int, int] = {}
+    for place, task in enumerate(tasks):
+        if task not in place_of:
+            place_of[task] = place
+            if len(place_of) == k:
+                break
+    return list(place_of.values())
 
 
 def _firsts(tasks: NDArray[np.int64]) -> NDArray[np.bool_]:
