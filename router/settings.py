@@ -20,7 +20,7 @@ MAX_WORKERS = 64
 DEFAULT_BASE_MODEL = str(Path(__file__).parent / "models" / "base")
 
 # A batch of the embedded encoder takes about 25 ms, one of the embedded base model a quarter of a
-# second. Long texts are encoded no faster in larger batches, and each would wait for all of its own.
+# second. Long texts are encoded no faster in larger batches, and each would wait for all of it.
 ROUTING_BATCHES = BatchLimits(
     queue_items=1024, batch_items=32, batch_tokens=1024, queue_seconds=2.0
 )
