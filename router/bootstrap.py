@@ -79,6 +79,17 @@ def load_fast_model() -> FastModel:
     return FastModel(encoder, measure_background(encoder))
 
 
+_TORCH_ENVIRONMENT = {
+    # Threads that wait for the next product do it spinning: by default for a millisecond and more,
+    # in which the encoder and the event loop go short of a processor.
+    "GOMP_SPINCOUNT": "10000",
+    # Products that are kept compiled, one for each shape: batches are of any shape, and the 1,024
+    # of the default take half a gigabyte more.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
+}
+"""What torch reads of the environment when it is imported, where nobody has said otherwise."""
+
+
 def load_base_model(
     name: str | None, *, device: str = "auto", threads: int | None = None
 ) -> LanguageModel | None:
@@ -92,9 +103,8 @@ def load_base_model(
     """
     if name is None:
         return None
-    # Threads that wait for the next product do it spinning: by default for a millisecond and more,
-    # in which the encoder and the event loop go short of a processor.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    for name, value in _TORCH_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     with _no_garbage_collection():
         from router.backends.language_model import load_language_model
 
