@@ -103,8 +103,8 @@ def load_base_model(
     """
     if name is None:
         return None
-    for name, value in _TORCH_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    for variable, value in _TORCH_ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
     with _no_garbage_collection():
         from router.backends.language_model import load_language_model
 
