@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from router.backends.rows import Row, batches
+from router.backends.rows import Row, batches, sent
 from router.backends.torch_model import TorchLanguageModel
 from router.errors import IncompatibleModelError
 
@@ -88,7 +87,7 @@ class MicroBatches:
     def _gradients_if_they_fit(self, rows: Sequence[TrainingRow]) -> _Gradients | None:
         try:
             losses = row_losses(self._model, rows)
-            weights = losses.new_tensor([row.weight for row in rows])
+            weights = sent(torch.tensor([row.weight for row in rows]), losses.device)
             prompts = {id(p): p for row in rows if (p := row.row.prompt) is not None}
             # Whole or not at all: half a batch's gradient must not stay where memory ran out.
             found = torch.autograd.grad((losses * weights).sum(), list(prompts.values()))
@@ -143,7 +142,12 @@ def row_losses(model: TorchLanguageModel, rows: Sequence[TrainingRow]) -> Tensor
 def _wanted(scores: Sequence[Tensor]) -> Tensor:
     """The loss `[B]` of right outputs, from the scores `[C_i]` of each row's candidates."""
     # In one tensor: operations on each row alone would cost a GPU more than the model does.
-    table = pad_sequence(list(scores), batch_first=True, padding_value=-math.inf)
+    counts = [len(row) for row in scores]
+    width = max(counts)
+    places = torch.tensor([i * width + k for i, count in enumerate(counts) for k in range(count)])
+    flat = torch.cat(list(scores))
+    table = flat.new_full((len(counts) * width,), -math.inf)
+    table = table.scatter(0, sent(places, flat.device), flat).view(-1, width)
     return -(table[:, 0] + table.log_softmax(1)[:, 0])
 
 

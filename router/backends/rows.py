@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 import torch
@@ -35,6 +36,12 @@ class Row:
     prompt: Tensor | None
     ids: tuple[int, ...]
     method: PromptMethod = "prompt"
+    _length: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Once: to ask a tensor for its length takes as long as all else that a row is asked for.
+        length = len(self.ids) + (0 if self.prompt is None else len(self.prompt))
+        object.__setattr__(self, "_length", length)
 
     @property
     def embedded(self) -> Tensor | None:
@@ -47,7 +54,7 @@ class Row:
         return self.prompt if self.method == "prefix" else None
 
     def __len__(self) -> int:
-        return len(self.ids) + (0 if self.prompt is None else len(self.prompt))
+        return self._length
 
 
 def lay_out(
@@ -59,9 +66,6 @@ def lay_out(
     virtual tokens; what stands there does not matter.
     """
     device = next(embed.parameters()).device
-    lengths = [len(row) for row in rows]
-    places = np.zeros((len(rows), max(lengths)), np.int64)
-    mask = np.zeros_like(places)
     # Every distinct vector once, then one gather: row 0 is the padding, then the prompts,
     # then the tokens of all texts. Placeholders of a prefix are row 0 too.
     prompts: list[Tensor] = []
@@ -72,24 +76,25 @@ def lay_out(
             begin_of[id(row.embedded)] = begin
             prompts.append(row.embedded)
             begin += len(row.embedded)
-    for row, length, row_places, row_mask in zip(rows, lengths, places, mask, strict=True):
-        span = slice(len(row_places) - length, None) if pad_left else slice(length)
-        prompt_length = length - len(row.ids)
-        if row.embedded is None:
-            in_front = np.zeros(prompt_length, np.int64)
-        else:
-            first = begin_of[id(row.embedded)]
-            in_front = np.arange(first, first + prompt_length)
-        row_places[span] = np.concatenate([in_front, np.arange(begin, begin + len(row.ids))])
-        row_mask[span] = 1
-        begin += len(row.ids)
-    tokens = [pad_id, *(token for row in rows for token in row.ids)]
-    texts: Tensor = embed(torch.tensor(tokens, device=device))
+    texts_end = begin + np.cumsum([len(row.ids) for row in rows])[:, None]
+    text_lengths = np.diff(texts_end[:, 0], prepend=begin)[:, None]
+    lengths = np.array([len(row) for row in rows])[:, None]
+    prompt_lengths = lengths - text_lengths
+    prompt_begins = np.array(
+        [0 if row.embedded is None else begin_of[id(row.embedded)] for row in rows]
+    )[:, None]
+    columns = np.arange(lengths.max()) - (lengths.max() - lengths if pad_left else 0)
+    mask = (columns >= 0) & (columns < lengths)
+    of_text = texts_end - lengths + columns
+    of_prompt = np.where(prompt_begins > 0, prompt_begins + columns, 0)
+    places = np.where(mask, np.where(columns < prompt_lengths, of_prompt, of_text), 0)
+    tokens = np.fromiter(chain([pad_id], *(row.ids for row in rows)), np.int64)
+    texts: Tensor = embed(sent(torch.from_numpy(tokens), device))
     # In float32 up to here: a prompt's gradient is the sum over all rows that it is in.
     vectors = torch.cat([texts[:1].float(), *prompts, texts[1:].float()])
-    gathered = vectors.index_select(0, torch.from_numpy(places.reshape(-1)).to(device))
+    gathered = vectors.index_select(0, sent(torch.from_numpy(places.reshape(-1)), device))
     embeddings = gathered.view(*places.shape, -1).to(texts.dtype)
-    return embeddings, torch.from_numpy(mask).to(device)
+    return embeddings, sent(torch.from_numpy(mask.astype(np.int64)), device)
 
 
 def batches(
@@ -115,10 +120,17 @@ def batches(
         yield batch
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` of the CPU on `device`, without waiting for what a GPU has yet to do."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def padded(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> Tensor:
     """`rows` as one tensor `[B, T]`, filled up on the right."""
     width = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], device=device)
+    return sent(torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows]), device)
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # Bounds memory: positions of all rows, each as long as the longest may become.
 _MAX_POSITIONS = 8192
-# How far logits may move with padding, of their own size, in float32 and in 16 bits.
+# How far numbers may move with padding, of their own size, in float32 and in 16 bits.
 _ROUNDING = 1e-3
 _HALF_ROUNDING = 3e-2
 _TRIED_TOKENS = 4
@@ -183,7 +183,13 @@ def mixes_lengths(model: TorchLanguageModel) -> bool:
         return False
     for _ in range(_TRIED_TOKENS):
         alone.append(fed(alone[-1]))
-    together = fed(put_together([alone[-2], alone[0]])).next_logits.float()
-    expected = torch.cat([alone[-1].next_logits, alone[1].next_logits]).float()
-    rounding = _ROUNDING if model.embedding.element_size() >= 4 else _HALF_ROUNDING
-    return bool((together - expected).abs().max() <= rounding * expected.abs().max())
+    together = fed(put_together([alone[-2], alone[0]])).next_logits
+    expected = torch.cat([alone[-1].next_logits, alone[1].next_logits])
+    return equal_but_for_rounding(together, expected, model.embedding.dtype)
+
+
+def equal_but_for_rounding(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Whether what a network of that type gave in two ways is the same."""
+    rounding = _ROUNDING if dtype.itemsize >= 4 else _HALF_ROUNDING
+    difference = (found.float() - expected.float()).abs().max()
+    return bool(difference <= rounding * expected.float().abs().max())

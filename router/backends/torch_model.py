@@ -13,18 +13,19 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from router.backends.prompted_network import PromptedNetwork
-from router.backends.rows import Row, batches, padded, token_losses
+from router.backends.rows import Row, batches, padded, sent, token_losses
 from router.backends.running_batch import TorchRunningBatch, mixes_lengths
 from router.backends.started import Started
 from router.backends.text_pieces import Detokenizer, RowWriter
 from router.interfaces import FloatArray, Generation, PromptedInput, Scores
 
-# Bound memory: positions that one forward pass may hold, and logits (64 M floats are 256 MB).
+# Bound memory: positions that one forward pass may hold, and logits (64 M floats are 256 MB). A GPU
+# has more of it, and each pass takes it milliseconds however short it is.
 _MAX_BATCH_POSITIONS = {"cpu": 8192, "cuda": 65_536}
-_MAX_LOGITS = 64_000_000
+_MAX_LOGITS = {"cpu": 64_000_000, "cuda": 256_000_000}
 # Padding that costs more than one more forward pass.
 _MAX_BATCH_PADDING = {"cpu": 1024, "cuda": 16_384}
-_MAX_OUTPUT_PADDING = {"cpu": 64, "cuda": 4096}
+_MAX_OUTPUT_PADDING = {"cpu": 64, "cuda": 8192}
 
 
 class TorchLanguageModel(PromptedNetwork):
@@ -97,7 +98,7 @@ class TorchLanguageModel(PromptedNetwork):
         ]
 
     def score_rows(
-        self, rows: Sequence[Row], candidates: Sequence[Sequence[Sequence[int]]]
+        self, rows: Sequence[Row], candidates: Sequence[Sequence[tuple[int, ...]]]
     ) -> list[FloatArray]:
         """`score` for rows and outputs that are token ids already: any number, in batches."""
         scores: list[FloatArray] = [np.zeros(0, np.float32) for _ in rows]
@@ -110,7 +111,7 @@ class TorchLanguageModel(PromptedNetwork):
         return scores
 
     def _score_batch(
-        self, rows: Sequence[Row], candidates: Sequence[Sequence[Sequence[int]]]
+        self, rows: Sequence[Row], candidates: Sequence[Sequence[tuple[int, ...]]]
     ) -> list[FloatArray]:
         """The scores of one batch, or of its halves where the device's memory is full."""
         try:
@@ -128,7 +129,7 @@ class TorchLanguageModel(PromptedNetwork):
         ]
 
     def log_likelihoods(
-        self, rows: Sequence[Row], candidates: Sequence[Sequence[Sequence[int]]]
+        self, rows: Sequence[Row], candidates: Sequence[Sequence[tuple[int, ...]]]
     ) -> list[Tensor]:
         """Log p of each row's candidate outputs: `candidates[i]` `[C_i]` -> `[C_i]`, in nats.
 
@@ -140,7 +141,7 @@ class TorchLanguageModel(PromptedNetwork):
         return list(torch.split(totals, [len(row) for row in candidates]))
 
     def output_token_losses(
-        self, rows: Sequence[Row], candidates: Sequence[Sequence[Sequence[int]]]
+        self, rows: Sequence[Row], candidates: Sequence[Sequence[tuple[int, ...]]]
     ) -> Tensor:
         """-log p of each token of each candidate output, `[sum of C_i, T]`; 0 after its end.
 
@@ -177,13 +178,17 @@ class TorchLanguageModel(PromptedNetwork):
     def _alike(self, following: Sequence[int]) -> Iterator[list[int]]:
         """Indices of what has tokens to feed, in batches of similar length, the longest first."""
         some = [i for i, tokens in enumerate(following) if tokens]
-        most = max(1, _MAX_LOGITS // self.vocabulary_size)
-        padding = _MAX_OUTPUT_PADDING[self._kind]
-        for batch in batches([following[i] for i in some], most, padding):
+        for batch in batches([following[i] for i in some], *self._most_outputs):
             yield [some[place] for place in batch]
 
+    @property
+    def _most_outputs(self) -> tuple[int, int]:
+        """Tokens of outputs that one pass may read, and how many of them may be padding."""
+        most = _MAX_LOGITS[self._kind] // self.vocabulary_size
+        return max(1, most), _MAX_OUTPUT_PADDING[self._kind]
+
     def _numbers(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, device=self.device)
+        return sent(torch.tensor(values), self.device)
 
     @property
     def _kind(self) -> str:

@@ -17,7 +17,7 @@ from router.backends import language_model
 from router.backends.language_model import load_language_model
 from router.backends.rows import Row, batches
 from router.backends.text_pieces import Detokenizer
-from router.backends.torch_model import _MAX_BATCH_POSITIONS, TorchLanguageModel
+from router.backends.torch_model import _MAX_BATCH_POSITIONS, _MAX_LOGITS, TorchLanguageModel
 from router.errors import IncompatibleModelError, InvalidInputError
 from router.interfaces import FloatArray, PromptedInput, Scores
 from tests.unit.small_models import KINDS, save_small_model
@@ -133,7 +133,7 @@ def test_scoring_in_chunks_changes_nothing(
 ) -> None:
     rows = mixed_batch(model)
     whole = model.score(rows, LABELS)
-    monkeypatch.setattr("router.backends.torch_model._MAX_LOGITS", 1)
+    monkeypatch.setitem(_MAX_LOGITS, "cpu", 1)
     monkeypatch.setitem(_MAX_BATCH_POSITIONS, "cpu", 30)
     for expected, found in zip(whole, model.score(rows, LABELS), strict=True):
         assert_scored_alike(found, expected)
