@@ -138,7 +138,10 @@ class GenerationQueue:
 
     def _work(self) -> None:
         while self._wait_for_rows():
-            self._model_thread.run(self._take_turn)
+            try:
+                self._model_thread.run(self._take_turn)
+            except Exception as error:  # a mistake of ours: nobody is to wait for a thread that died
+                self._start_anew(error)
         with self._changed:
             left = [*self._rows.values(), *self._waiting]
         self._tell([(row, _closed()) for row in left])
@@ -225,9 +228,7 @@ class GenerationQueue:
             written = self._batch.step()
         except Exception as error:
             # Nobody can tell whose row it was, and the batch is of no use any more.
-            self._tell([(row, error) for row in self._rows.values()])
-            self._rows.clear()
-            self._batch = self._model.start_batch()
+            self._drop_batch(error)
             return
         seconds = time.perf_counter() - began
         self._observer.stage_ended(f"{_NAME}_step", seconds)
@@ -247,6 +248,19 @@ class GenerationQueue:
                 self._pace.note(row.seconds)
                 del self._rows[each.row]
         self._tell(events)
+
+    def _drop_batch(self, error: Exception) -> None:
+        self._tell([(row, error) for row in self._rows.values()])
+        self._rows.clear()
+        self._batch = self._model.start_batch()
+
+    def _start_anew(self, error: Exception) -> None:
+        """Tell all who are in the batch or wait for it what happened, and forget them."""
+        self._drop_batch(error)
+        with self._changed:
+            waiting = list(self._waiting)
+            self._waiting.clear()
+        self._tell([(row, error) for row in waiting])
 
     def _fail(self, row: _Row, error: Exception) -> None:
         self._no_longer_waiting([row])

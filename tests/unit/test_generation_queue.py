@@ -12,6 +12,7 @@ from router.batching import BatchLimits
 from router.errors import OverloadedError
 from router.generation_queue import GenerationQueue
 from router.interfaces import Generation, PromptedInput
+from router.observing import Unobserved
 from router.turns import ModelThread
 from tests.fakes import FakeLanguageModel, FakeRunningBatch
 
@@ -166,6 +167,35 @@ async def test_a_step_that_fails_ends_its_rows_and_the_queue_goes_on(
     after = Call(queue, "after")
     await after.task
     assert after.pieces == ["AFTER "]
+
+
+class Mistaken(Unobserved):
+    """Raises what an observer must not raise, until it is mended."""
+
+    broken = True
+
+    def batch_ended(self, queue: str, items: int) -> None:
+        if self.broken:
+            raise KeyError(queue)
+
+
+async def test_a_mistake_beside_the_model_is_told_to_all_and_the_queue_goes_on(
+    model: FakeLanguageModel,
+) -> None:
+    observer = Mistaken()
+    limits = BatchLimits(queue_items=8, batch_items=1, batch_tokens=4096)
+    queue = GenerationQueue(model, limits, ModelThread(), observer)
+    calls = [Call(queue, "being written"), Call(queue, "waiting")]
+    for call in calls:
+        with pytest.raises(KeyError, match="generating"):
+            async with asyncio.timeout(10):
+                await call.task
+    assert queue.unfinished == 0
+    observer.broken = False
+    after = Call(queue, "after")
+    await after.task
+    assert after.pieces == ["AFTER "]
+    queue.close()
 
 
 async def test_a_full_queue_refuses_and_what_waited_too_long_is_refused(
