@@ -140,7 +140,8 @@ class GenerationQueue:
         while self._wait_for_rows():
             try:
                 self._model_thread.run(self._take_turn)
-            except Exception as error:  # a mistake of ours: nobody is to wait for a thread that died
+            except Exception as error:
+                # A mistake of ours: nobody is to wait for a thread that died.
                 self._start_anew(error)
         with self._changed:
             left = [*self._rows.values(), *self._waiting]
