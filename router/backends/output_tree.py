@@ -67,9 +67,20 @@ class TreeBatch:
     places: Tensor
 
 
-@lru_cache(_MAX_TREES)
 def tree_of(outputs: tuple[Output, ...]) -> OutputTree:
-    """The tree of token sequences, none of which is empty."""
+    """The tree of token sequences, none of which is empty.
+
+    Not kept is that of an output so long that it is alone in its tree: memory would have no bound.
+    """
+    return _kept_tree(outputs) if sum(map(len, outputs)) <= _MAX_NODES else _grow(outputs)
+
+
+@lru_cache(_MAX_TREES)
+def _kept_tree(outputs: tuple[Output, ...]) -> OutputTree:
+    return _grow(outputs)
+
+
+def _grow(outputs: tuple[Output, ...]) -> OutputTree:
     number_of: dict[Output, int] = {(): 0}
     parents, tokens = [0], [0]
     asked: list[tuple[int, int, int, int]] = []

@@ -76,8 +76,8 @@ def lay_out(
             begin_of[id(row.embedded)] = begin
             prompts.append(row.embedded)
             begin += len(row.embedded)
-    texts_end = begin + np.cumsum([len(row.ids) for row in rows])[:, None]
-    text_lengths = np.diff(texts_end[:, 0], prepend=begin)[:, None]
+    text_lengths = np.array([len(row.ids) for row in rows])[:, None]
+    text_ends = begin + text_lengths.cumsum()[:, None]
     lengths = np.array([len(row) for row in rows])[:, None]
     prompt_lengths = lengths - text_lengths
     prompt_begins = np.array(
@@ -85,7 +85,7 @@ def lay_out(
     )[:, None]
     columns = np.arange(lengths.max()) - (lengths.max() - lengths if pad_left else 0)
     mask = (columns >= 0) & (columns < lengths)
-    of_text = texts_end - lengths + columns
+    of_text = text_ends - lengths + columns
     of_prompt = np.where(prompt_begins > 0, prompt_begins + columns, 0)
     places = np.where(mask, np.where(columns < prompt_lengths, of_prompt, of_text), 0)
     tokens = np.fromiter(chain([pad_id], *(row.ids for row in rows)), np.int64)

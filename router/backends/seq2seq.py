@@ -158,7 +158,8 @@ class Seq2SeqLanguageModel(TorchLanguageModel):
         self, rows: Sequence[Row], candidates: Sequence[Sequence[tuple[int, ...]]]
     ) -> Tensor:
         embeddings, mask = self._lay_out(rows)
-        hidden = self._hidden(mask, rows)
+        # A network that is given the mask itself looks at it, and so waits for the GPU.
+        hidden = None if len({len(row) for row in rows}) == 1 else self._hidden(mask)
         states = self._encoded(rows, embeddings, hidden)
         if any(row.prefix is not None for row in rows):
             hidden = self._hidden(self._without_prefixes(mask, rows))
@@ -174,13 +175,8 @@ class Seq2SeqLanguageModel(TorchLanguageModel):
         of_outputs = sent(torch.cat(places), self.device)
         return losses.scatter(0, of_outputs, torch.cat(found)).view(shape)
 
-    def _hidden(self, mask: Tensor, rows: Sequence[Row] = ()) -> Tensor | None:
-        """What attention adds for `mask` `[B, S]`: `[B, 1, 1, S]`, or None where rows fill it.
-
-        A network that is given the mask itself looks at it, and so waits for the GPU.
-        """
-        if len({len(row) for row in rows}) == 1:
-            return None
+    def _hidden(self, mask: Tensor) -> Tensor:
+        """What attention adds for `mask` `[B, S]`: `[B, 1, 1, S]`."""
         return _added(mask, self.embedding.dtype)[:, None, None]
 
     def _read_trees(self, states: Tensor, hidden: Tensor | None, batch: TreeBatch) -> Tensor:

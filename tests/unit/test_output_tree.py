@@ -38,6 +38,14 @@ def test_what_outputs_begin_with_is_read_once() -> None:
     assert tree.nodes.tolist() == [0, 1, 2, 0, 1, 3, 0, 1, 2]
 
 
+def test_trees_are_kept_but_for_those_without_a_bound() -> None:
+    labels = ((1, 2, END), (3, END))
+    assert tree_of(labels) is tree_of(labels)
+    long = ((*[1] * 300, END),)
+    assert tree_of(long) is not tree_of(long)
+    assert tree_of(long).depths.tolist() == [*range(301)]
+
+
 @given(
     candidates=st.lists(st.lists(outputs_of_tokens, max_size=6), min_size=1, max_size=5).filter(
         any
